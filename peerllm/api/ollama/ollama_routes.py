@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
-from typing import Any
+from functools import partial
 
 from aiohttp import web
 
@@ -19,6 +19,18 @@ from peerllm.api.error_answers import json_response
 from peerllm.api.ollama.embed_requests import EmbedBody, OlderEmbedBody
 from peerllm.api.ollama.ollama_answers import OllamaAnswers
 from peerllm.api.ollama.ollama_models import ShowBody, running, shown, tags
+from peerllm.api.ollama.ollama_objects import (
+    LoadedModels,
+    OllamaChatAnswer,
+    OllamaChatDelta,
+    OllamaModels,
+    OllamaTextAnswer,
+    OllamaTextDelta,
+    OllamaVector,
+    OllamaVectors,
+    OllamaVersion,
+    ShownModel,
+)
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
 from peerllm.api.ollama.shelf_routes import add_shelf
 from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
@@ -29,35 +41,44 @@ OLLAMA_VERSION = "0.12.6"  # of Ollama's API: clients ask for a least one
 
 def add_ollama(app: web.Application) -> None:
     add_shelf(app)
+    asked = partial(ApiRoute, "POST", asks=True)
     add_routes(
         app,
         ApiRoute("GET", "/api/version", version),
         ApiRoute("GET", "/api/tags", list_tags),
         ApiRoute("GET", "/api/ps", list_running),
         ApiRoute("POST", "/api/show", show, refuses=(404,)),
-        ApiRoute("POST", "/api/chat", chat, {JSON: dict[str, Any], LINES: dict[str, Any]}, asks=True),
-        ApiRoute("POST", "/api/generate", generate, {JSON: dict[str, Any], LINES: dict[str, Any]}, asks=True),
-        ApiRoute("POST", "/api/embed", embed, asks=True),
-        ApiRoute("POST", "/api/embeddings", older_embed, asks=True),
+        ApiRoute(
+            "POST", "/api/chat", chat, {JSON: OllamaChatAnswer, LINES: (OllamaChatAnswer, OllamaChatDelta)}, asks=True
+        ),
+        ApiRoute(
+            "POST",
+            "/api/generate",
+            generate,
+            {JSON: OllamaTextAnswer, LINES: (OllamaTextAnswer, OllamaTextDelta)},
+            asks=True,
+        ),
+        asked("/api/embed", embed),
+        asked("/api/embeddings", older_embed),
     )
 
 
-async def version(_: web.Request) -> dict[str, Any]:
+async def version(_: web.Request) -> OllamaVersion:
     """The version of Ollama's API that is followed, and beside it ours."""
     return {"version": OLLAMA_VERSION, "peerllm": peerllm.__version__}
 
 
-async def list_tags(request: web.Request) -> dict[str, Any]:
+async def list_tags(request: web.Request) -> OllamaModels:
     """The models of the household."""
     return tags(request.app)
 
 
-async def list_running(request: web.Request) -> dict[str, Any]:
+async def list_running(request: web.Request) -> LoadedModels:
     """The models that can answer now."""
     return running(request.app)
 
 
-async def show(request: web.Request, body: ShowBody) -> dict[str, Any]:
+async def show(request: web.Request, body: ShowBody) -> ShownModel:
     """What a model can do."""
     return await shown(request.app, body.asked())
 
@@ -88,13 +109,13 @@ async def _loaded(request: web.Request, wanted: Generation) -> str:
     return reason
 
 
-async def embed(request: web.Request, body: EmbedBody) -> dict[str, Any]:
+async def embed(request: web.Request, body: EmbedBody) -> OllamaVectors:
     """The vectors of texts, of length 1."""
     since = time.monotonic()
     return body.answer(await _vectors(request, body), since)
 
 
-async def older_embed(request: web.Request, body: OlderEmbedBody) -> dict[str, Any]:
+async def older_embed(request: web.Request, body: OlderEmbedBody) -> OllamaVector:
     """The vector of a text, as long as the model has it."""
     return body.answer(await _vectors(request, body))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated
 
 from aiohttp import web
 from msgspec import Meta, Struct
@@ -15,6 +15,7 @@ from peerllm.api.error_answers import json_response
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_models import ShowBody
+from peerllm.api.ollama.ollama_objects import PullLine
 from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
 from peerllm.api.streams import LINES, Stream
 
@@ -28,15 +29,6 @@ class PullBody(ShowBody):
 class CopyBody(Struct):
     source: Name
     destination: Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
-
-
-class PullLine(TypedDict):
-    """How far a model is that is fetched."""
-
-    status: str
-    digest: NotRequired[str]
-    total: NotRequired[int]
-    completed: NotRequired[int]
 
 
 def add_shelf(app: web.Application) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from aiohttp import web
 
@@ -15,21 +15,34 @@ from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_answers import CompletionAnswers
 from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.openai.embedding_requests import EmbeddingBody
+from peerllm.api.openai.openai_objects import (
+    ChatCompletion,
+    ChatCompletionDelta,
+    OpenAIModel,
+    OpenAIModels,
+    OpenAIVectors,
+    TextCompletion,
+)
 from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
 from peerllm.api.streams import SSE
 from peerllm.daemon.facade import ServedModel
 
 
 def add_openai(app: web.Application) -> None:
+    asked = partial(ApiRoute, "POST", asks=True)
     add_routes(
         app,
         ApiRoute("GET", "/v1/models", list_models),
         ApiRoute("GET", "/v1/models/{id:.+}", one_model, refuses=(404,)),
         ApiRoute(
-            "POST", "/v1/chat/completions", chat_completions, {JSON: dict[str, Any], SSE: dict[str, Any]}, asks=True
+            "POST",
+            "/v1/chat/completions",
+            chat_completions,
+            {JSON: ChatCompletion, SSE: ChatCompletionDelta},
+            asks=True,
         ),
-        ApiRoute("POST", "/v1/completions", completions, {JSON: dict[str, Any], SSE: dict[str, Any]}, asks=True),
-        ApiRoute("POST", "/v1/embeddings", embeddings, asks=True),
+        asked("/v1/completions", completions, {JSON: TextCompletion, SSE: TextCompletion}),
+        asked("/v1/embeddings", embeddings),
     )
 
 
@@ -43,23 +56,22 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
 
 
-async def embeddings(request: web.Request, body: EmbeddingBody) -> dict[str, Any]:
+async def embeddings(request: web.Request, body: EmbeddingBody) -> OpenAIVectors:
     """The vectors of texts."""
     return body.answer(await vectors_of(request.app, body.generations(), caller_of(request)))
 
 
-async def list_models(request: web.Request) -> dict[str, Any]:
+async def list_models(request: web.Request) -> OpenAIModels:
     """The models of the household. Those that are about to be started here come last."""
     return {"object": "list", "data": [_object(model) for model in listed_models(request.app)]}
 
 
-async def one_model(request: web.Request) -> dict[str, Any]:
+async def one_model(request: web.Request) -> OpenAIModel:
     """A model of the household."""
     return _object(find_model(request.app, request.match_info["id"]))
 
 
-def _object(model: ServedModel) -> dict[str, Any]:
-    """OpenAI's model object, with what is ours beside it."""
+def _object(model: ServedModel) -> OpenAIModel:
     return {
         "id": model.name,
         "object": "model",
