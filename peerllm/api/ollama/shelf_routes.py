@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import MAX_NAME_CHARS, Name
 from peerllm.api.core.named_models import find_model
+from peerllm.api.core.telling import taking
 from peerllm.api.error_answers import json_response
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.ollama.ollama_answers import ollama_error
@@ -34,7 +35,7 @@ class CopyBody(Struct):
 def add_shelf(app: web.Application) -> None:
     add_routes(
         app,
-        ApiRoute("POST", "/api/pull", pull, {JSON: PullLine, LINES: PullLine}, asks=True),
+        ApiRoute("POST", "/api/pull", pull, {JSON: PullLine, LINES: PullLine}, refuses=(404, 409, 507)),
         ApiRoute("POST", "/api/copy", copy, refuses=(404,)),
         ApiRoute("DELETE", "/api/delete", delete, refuses=(404, 409)),
     )
@@ -45,28 +46,29 @@ async def pull(request: web.Request, body: PullBody) -> web.StreamResponse:
 
     The last line of its progress says "success". Hanging up ends it; what came so far is kept for later.
     """
-    name, so_far = body.asked(), (0, 0)
+    with taking(request):
+        name, so_far = body.asked(), (0, 0)
 
-    def note(done: int, total: int) -> None:
-        nonlocal so_far
-        so_far = done, total
+        def note(done: int, total: int) -> None:
+            nonlocal so_far
+            so_far = done, total
 
-    stream = Stream(request, LINES, ollama_error)
-    work = asyncio.create_task(request.app[HOUSEHOLD].pull(name, note), name="pull")
-    try:
-        if body.stream is False:
-            await work
-            return json_response(PullLine(status="success"))
-        while not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
-            await stream.send(_line(name, *so_far))
-        work.result()  # raises why it is not here
-    finally:
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-    if stream.started and so_far[1]:
-        await stream.send(_line(name, so_far[1], so_far[1]))
-    await stream.send(PullLine(status="success"))
-    return await stream.end()
+        stream = Stream(request, LINES, ollama_error)
+        work = asyncio.create_task(request.app[HOUSEHOLD].pull(name, note), name="pull")
+        try:
+            if body.stream is False:
+                await work
+                return json_response(PullLine(status="success"))
+            while not (await asyncio.wait({work}, timeout=LOOK_S))[0]:
+                await stream.send(_line(name, *so_far))
+            work.result()  # raises why it is not here
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        if stream.started and so_far[1]:
+            await stream.send(_line(name, so_far[1], so_far[1]))
+        await stream.send(PullLine(status="success"))
+        return await stream.end()
 
 
 def _line(name: str, done: int, total: int) -> PullLine:

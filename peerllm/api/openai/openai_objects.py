@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+StreamEnd = Literal["[DONE]"]  # the last event's data
+
 
 class OpenAIModel(TypedDict):
     """OpenAI's model object, with what is ours behind `owned_by`."""

@@ -21,6 +21,7 @@ from peerllm.api.openai.openai_objects import (
     OpenAIModel,
     OpenAIModels,
     OpenAIVectors,
+    StreamEnd,
     TextCompletion,
 )
 from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
@@ -38,10 +39,10 @@ def add_openai(app: web.Application) -> None:
             "POST",
             "/v1/chat/completions",
             chat_completions,
-            {JSON: ChatCompletion, SSE: ChatCompletionDelta},
+            {JSON: ChatCompletion, SSE: (ChatCompletionDelta, StreamEnd)},
             asks=True,
         ),
-        asked("/v1/completions", completions, {JSON: TextCompletion, SSE: TextCompletion}),
+        asked("/v1/completions", completions, {JSON: TextCompletion, SSE: (TextCompletion, StreamEnd)}),
         asked("/v1/embeddings", embeddings),
     )
 

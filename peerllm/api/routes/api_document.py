@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import msgspec
 from aiohttp import web
@@ -25,7 +25,6 @@ _BODY = (400, 408, 413, 415)
 _ASKED = (400, 404, 409, 422, 507)  # of a request that a model answers
 _REF = "#/components/schemas/{name}"
 _PLACES = re.compile(r"\{(\w+)\}")
-_STREAMED = {SSE: "Events, one for each item", LINES: "Lines of JSON, one for each item"}
 _SECURITY: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "The device's token"},
     "key": {"type": "apiKey", "in": "header", "name": API_KEY_HEADER, "description": "The device's token"},
@@ -123,15 +122,31 @@ def _operation(app: web.Application, route: ApiRoute, schemas: _Schemas) -> dict
 
 
 def _answer(route: ApiRoute, schemas: _Schemas, error: Any) -> dict[str, Any]:
-    content, words = {}, ["The answer"]
+    content = {}
     for kind, made in route.gives.items():
-        schema = schemas.of(made)
-        if kind in _STREAMED:
-            words.append(_STREAMED[kind])
-            items = (*made, error) if isinstance(made, tuple) else (made, error)
-            schema = {"type": "array", "items": schemas.of(items)}
-        content[kind] = {"schema": schema}
-    return {"description": ". ".join(words), **({"content": content} if content else {})}
+        told = (*made, error) if isinstance(made, tuple) else (made, error)
+        if kind == SSE:
+            content[_bare(SSE)] = {"schema": _event(told, schemas)}
+        elif kind == LINES:
+            content[LINES] = {"schema": {"type": "array", "description": "a line each", "items": schemas.of(told)}}
+        else:
+            content[_bare(kind)] = {"schema": schemas.of(made)}
+    return {"description": "The answer", **({"content": content} if content else {})}
+
+
+def _bare(kind: str) -> str:
+    return kind.partition(";")[0]
+
+
+def _event(told: tuple[Any, ...], schemas: _Schemas) -> dict[str, Any]:
+    """Of each event of a stream; a Literal is data as it stands."""
+    words = tuple(one for one in told if get_origin(one) is Literal)
+    objects = schemas.of(tuple(one for one in told if one not in words))
+    data: dict[str, Any] = {"type": "string", "contentMediaType": JSON, "contentSchema": objects}
+    if words:
+        data = {"anyOf": [data, schemas.of(words)]}
+    properties = {"data": data, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {"type": "object", "description": "each event", "properties": properties, "required": ["data"]}
 
 
 def _refusals(app: web.Application, route: ApiRoute, schemas: _Schemas) -> Mapping[str, Any]:
