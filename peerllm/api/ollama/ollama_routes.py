@@ -14,6 +14,7 @@ from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import caller_of
 from peerllm.api.core.embeddings import Vectors, vectors_of
 from peerllm.api.core.generation import Generation
+from peerllm.api.core.kept.repeat import repeat_of
 from peerllm.api.core.telling import tell
 from peerllm.api.error_answers import json_response
 from peerllm.api.ollama.embed_requests import EmbedBody, OlderEmbedBody
@@ -97,6 +98,7 @@ async def _answered(request: web.Request, body: OllamaChatBody | GenerateBody, c
     form, wanted = OllamaAnswers(body.model, chat), body.generation()
     if not wanted.load_only:
         return await tell(request, [wanted], form, body.streamed)
+    repeat_of(request, wanted)  # says what is wrong with a key
     return json_response(form.loaded(await _loaded(request, wanted)))
 
 

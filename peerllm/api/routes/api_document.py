@@ -116,8 +116,7 @@ def _operation(app: web.Application, route: ApiRoute, schemas: _Schemas) -> dict
     }
     if body is not None:
         schema = schemas.of(body)
-        required = get_origin(body) is None and bool(schemas.components[body.__name__].get("required"))
-        found["requestBody"] = {"required": required, "content": {JSON: {"schema": schema}}}
+        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
     return {name: value for name, value in found.items() if value or name == "security"}
 
 
