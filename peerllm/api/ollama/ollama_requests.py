@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
     MAX_STOPS,
+    MAX_TOKENS,
     MAX_TOOLS,
     AnswerForm,
     AnySeed,
@@ -86,7 +87,7 @@ class OllamaFields(Struct, kw_only=True):
         most, stop = options.num_predict or 0, options.stop
         return {
             "model": self.model,
-            "max_tokens": most if most > 0 else None,
+            "max_tokens": min(most, MAX_TOKENS) if most > 0 else None,
             "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
