@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from peerllm.engine.base import Draw
 from peerllm.errors import EngineError
+from peerllm.logprobs import packed
 from peerllm.types import Sampling
 
 Floats = npt.NDArray[np.float64]
@@ -52,6 +53,19 @@ def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
         even = (scores - scores.max()) / sampling.temperature
         picked = _draw(even, sampling, uniform(sampling.seed, draw.position))
     return picked if allowed is None else int(allowed[picked])
+
+
+def token_logprobs(row: npt.NDArray[np.float32], token: int, count: int) -> bytes:
+    """Of a token that was drawn and of the `count` likeliest, falling, equals by id: see logprobs.packed.
+
+    They are the model's own: of its logits as they are, before penalties, mask and temperature.
+    """
+    even = row - row.max()
+    values = even - np.log(np.exp(even).sum(dtype=np.float64)).astype(np.float32)
+    count = min(count, len(row))
+    likeliest = np.flatnonzero(even >= np.partition(even, -count)[-count]) if count else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-even[likeliest], kind="stable")][:count]
+    return packed((int(one), float(values[one])) for one in (token, *likeliest))
 
 
 def allowed_ids(mask: bytes, vocabulary: int) -> npt.NDArray[np.int64]:
