@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peerllm.api.core.answer_events import ToolCallBegins, ToolCallDelta
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
+from peerllm.api.text.calls.answer_parts import ToldToken
+from peerllm.api.text.tokens.logprob_objects import logprob_objects
 
 
 class ChatAnswers(OpenAIAnswers):
@@ -32,6 +35,9 @@ class ChatAnswers(OpenAIAnswers):
 
     def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
         return {"delta": {"reasoning_content" if thought else "content": text} if text else {}}
+
+    def logprobs(self, tokens: Sequence[ToldToken]) -> dict[str, Any]:
+        return {"content": logprob_objects(tokens), "refusal": None}
 
     def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
         if isinstance(event, ToolCallBegins):
