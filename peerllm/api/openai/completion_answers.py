@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
+from peerllm.api.openai.openai_objects import TextLogprobs, TextPart
 from peerllm.api.text.calls.answer_parts import ToldToken
 
 
@@ -18,18 +18,17 @@ class CompletionAnswers(OpenAIAnswers):
         super().__init__(body.n or 1, bool(body.return_token_ids), body.with_usage)
         self._echoed = [str(one) for one in body.prompts()] if body.echo else None
 
-    def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
+    def choice(self, answer: WholeAnswer, index: int) -> TextPart:
         return {"text": self._echo(index) + answer.text}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> TextPart | None:
         """The prompt, where it is wanted back."""
         return {"text": self._echo(index)} if self._echoed is not None else None
 
-    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> TextPart:
         return {"text": text}
 
-    def logprobs(self, tokens: Sequence[ToldToken]) -> dict[str, Any]:
-        """Lists side by side. Among the likeliest is always the token itself."""
+    def logprobs(self, tokens: Sequence[ToldToken]) -> TextLogprobs:
         return {
             "tokens": [_name(one.data) for one in tokens],
             "token_logprobs": [one.logprob for one in tokens],

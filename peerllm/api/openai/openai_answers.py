@@ -18,6 +18,15 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import ALL_TOKENS, END, Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
+from peerllm.api.openai.openai_objects import (
+    AnswerHead,
+    ChatLogprobs,
+    ChatPart,
+    ChatPartDelta,
+    OpenAIUsage,
+    TextLogprobs,
+    TextPart,
+)
 from peerllm.api.streams import SSE, comment
 from peerllm.api.text.calls.answer_parts import ToldToken
 
@@ -37,23 +46,23 @@ class OpenAIAnswers:
         self._usages: dict[int, Usage] = {}
         self._places: dict[int, Repeat] = {}
 
-    def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
+    def choice(self, answer: WholeAnswer, index: int) -> ChatPart | TextPart:
         """The part of a whole object that is one answer."""
         raise NotImplementedError
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> ChatPartDelta | TextPart | None:
         """What a stream's first chunk of an answer has, None if there is none."""
         raise NotImplementedError
 
-    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> ChatPartDelta | TextPart:
         """More text in a chunk; "" is the chunk that ends the answer."""
         raise NotImplementedError
 
-    def logprobs(self, tokens: Sequence[ToldToken]) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[ToldToken]) -> ChatLogprobs | TextLogprobs:
         """What is told of the log probabilities of an answer's tokens."""
         raise NotImplementedError
 
-    def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
+    def call(self, event: ToolCallBegins | ToolCallDelta) -> ChatPartDelta:
         """A call of a tool in a chunk, or more of its arguments."""
         raise NotImplementedError
 
@@ -103,7 +112,7 @@ class OpenAIAnswers:
     def _chunk(
         self,
         index: int,
-        part: dict[str, Any],
+        part: ChatPartDelta | TextPart,
         ids: Sequence[int],
         reason: str | None,
         tokens: Sequence[ToldToken] = (),
@@ -118,7 +127,7 @@ class OpenAIAnswers:
             found["usage"] = None
         return found
 
-    def _head(self, begins: AnswerBegins, kind: str) -> dict[str, Any]:
+    def _head(self, begins: AnswerBegins, kind: str) -> AnswerHead:
         return {
             "id": self.prefix + begins.id,
             "object": kind,
@@ -127,13 +136,17 @@ class OpenAIAnswers:
             "system_fingerprint": None,
         }
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> OpenAIUsage:
         """Each prompt counts once, however many answers there are to it."""
         prompts = [usage for index, usage in self._usages.items() if index % self._per_prompt == 0]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         said = sum(usage.answer_tokens for usage in self._usages.values())
-        counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
-        return {**counts, "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in prompts)}}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in prompts)},
+        }
 
 
 def _reason(ends: AnswerEnds) -> str:
