@@ -10,6 +10,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from peerllm.api.text.calls.call_forms import FORMS, CallForm, form_of
+from peerllm.api.text.calls.call_patterns import argument_schema
 from peerllm.api.text.conversation import TemplateAbilities, shaped
 from peerllm.api.text.reasoning import marks_of, thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
@@ -101,18 +102,21 @@ class ModelText:
             said, tools = shaped(said, tools, self._can, self.form is not None and self.form.short_ids)
         return template.render(said, {**variables, "tools": list(tools) or None, "documents": None})
 
-    def grammar(self, form: Mapping[str, Any], opened: bool) -> str:
-        """See answer_grammar; `opened`: the answer begins within a thought."""
-        from peerllm.api.text.answer_grammar import grammar_of
+    def grammar(self, form: Mapping[str, Any] | None, calls: Mapping[str, Any], opened: bool) -> str:
+        """Of an AnswerForm and CallsWanted (see answer_grammar); `opened`: the answer begins within a thought."""
+        from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
 
-        added = self._tokenizer.get_added_tokens_decoder()
-        special = [token.content for token in added.values() if token.special]
-        end = self.marks[1] if opened and self.marks is not None else ""
-        if end in special:
-            end = f"<[{self._tokenizer.token_to_id(end)}]>"
-        elif end:
-            end = orjson.dumps(end).decode()
-        return grammar_of(form, special, end)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        ids = {token.content: number for number, token in added if is_special(token)}
+        kept = self.form.kept if self.form is not None else None
+        marks = ModelMarks(ids, kept, self.marks, opened)
+        needed = calls.get("keep") == "needed"
+        tools: dict[str, Mapping[str, Any]] = {}
+        for one in calls.get("tools", ()) if calls.get("keep") else ():
+            strict = needed or one.get("strict")
+            tools[one["name"]] = argument_schema(one.get("parameters", {})) if strict else {"type": "object"}
+        kept_calls = KeptCalls(tools, needed, calls.get("parallel", True)) if tools else None
+        return grammar_of(form, kept_calls, marks)
 
 
 def _decoder(parts: Mapping[str, Any]) -> bytes:

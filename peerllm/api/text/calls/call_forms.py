@@ -32,6 +32,11 @@ class CallForm:
     short_ids: bool = False  # its template takes no other ids of calls
 
     @property
+    def kept(self) -> CallForm:
+        """The form in which masks keep calls: one way for those that know several."""
+        return FORMS["tagged objects"] if "<tool_call>" in self.marks else self
+
+    @property
     def tokens(self) -> frozenset[str]:
         """Special tokens that must be seen in the text."""
         return frozenset({*self.marks, *self.marks.values(), self.quote, "[ARGS]", "[CALL_ID]"} - {""})
