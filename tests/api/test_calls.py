@@ -15,7 +15,8 @@ from peerllm.api.text.calls.call_forms import FORMS, form_of
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
-from peerllm.api.text.reasoning import MARKS, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
+from peerllm.chat_templates import MARKS
 from tests.sizes import examples
 
 PARAMETERS = {"city": {"type": "string"}, "days": {"type": "integer"}, "where": {"type": "object"}}

@@ -20,7 +20,8 @@ from peerllm.api.text.calls.call_patterns import MAX_CALLS, argument_schema
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
-from peerllm.api.text.reasoning import MARKS, Marks, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
+from peerllm.chat_templates import MARKS, Marks
 from tests.api.fake import END, byte_tokenizer
 from tests.sizes import FULL
 

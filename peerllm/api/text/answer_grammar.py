@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from peerllm.api.text.calls.answer_parts import Schemas
 from peerllm.api.text.calls.call_forms import FORMS, CallForm
 from peerllm.api.text.calls.call_patterns import ANY_TEXT, CallRules, ToolSchemaError, lark_of
-from peerllm.api.text.reasoning import Marks
+from peerllm.chat_templates import Marks
 from peerllm.engine.messages import GRAMMAR_LIMITS
 from peerllm.errors import BadInputError, PeerLLMError
 

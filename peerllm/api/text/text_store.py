@@ -28,10 +28,11 @@ from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import PromptLengthError
-from peerllm.api.text.reasoning import Marks, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
+from peerllm.chat_templates import Marks
 from peerllm.engine.messages import Constraint
 from peerllm.errors import BadInputError, ModelError, OverloadedError
 from peerllm.types import DeploymentId
