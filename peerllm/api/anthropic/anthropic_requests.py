@@ -93,12 +93,13 @@ class AnthropicTool(Struct):
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] = {}
+    strict: bool | None = None
 
     def tool(self, where: str) -> OfferedTool:
         if self.type not in (None, "custom"):
             what = f"{where}: tools of type {self.type[:40]!r} are not supported, only functions of your own"
             raise FieldError(what, where, "unsupported_parameter")
-        return OfferedTool(self.name, self.description or "", self.input_schema)
+        return OfferedTool(self.name, self.description or "", self.input_schema, bool(self.strict))
 
 
 class AnthropicChoice(Struct):
