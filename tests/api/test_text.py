@@ -16,12 +16,12 @@ from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text import template
 from peerllm.api.text.calls.answer_parts import text_in
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
-from peerllm.api.text.decoding_table import MAX_IDS
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
 from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.template import ChatTemplate
+from peerllm.api.text.tokens.decoding_table import MAX_IDS
 from peerllm.errors import BadInputError, ModelError
 from tests.api.fake import CONTEXT, as_told, byte_tokenizer, make_model_dir
 from tests.sizes import examples

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from peerllm.api.text import decoding_table, text_store
-from peerllm.api.text.decoding_table import SLICE, facts_of, tokens_from
+from peerllm.api.text import text_store
 from peerllm.api.text.text_store import AnswerText, TextStore
+from peerllm.api.text.tokens import decoding_table
+from peerllm.api.text.tokens.decoding_table import SLICE, facts_of, tokens_from
 from peerllm.errors import OverloadedError
 from tests.api.fake import BOUND_S, byte_tokenizer, make_model_dir
 

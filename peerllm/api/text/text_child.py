@@ -45,7 +45,8 @@ class TextWork:
                 )
                 return {"ids": text.prompt(question["prompt"], *options)}
             if "form" in question:
-                return {"grammar": text.grammar(json.loads(question["form"]), question["opened"])}
+                form, calls = json.loads(question["form"])
+                return {"grammar": text.grammar(form, calls, question["opened"])}
             if "tokens" in question:
                 return {"tokens": text.tokens(question["tokens"])}
             told = {"table": text.table(), "defaults": text.defaults, "marks": text.marks}

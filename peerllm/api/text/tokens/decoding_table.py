@@ -14,13 +14,19 @@ from tokenizers import AddedToken, Tokenizer
 from peerllm.errors import ModelError
 
 SLICE = 16 << 10  # tokens that are told at once
+MAX_SOUGHT = 64  # tokens whose ids are asked for
 MAX_IDS = 1 << 21  # eight times the largest vocabulary in use
 
 
 class Decoding(Protocol):
     """The part of a tokenizers.Tokenizer that decoding takes."""
 
+    @property
+    def decoder(self) -> Any: ...
+
     def id_to_token(self, id: int) -> str | None: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
@@ -33,7 +39,8 @@ class DecodingTable:
     def __init__(self, facts: Mapping[str, Any], tokens: Sequence[str | None]) -> None:
         self.vocabulary: int = facts["vocabulary"]  # tokens
         self._tokens = tuple(tokens)
-        self._decoder = Tokenizer.from_str(facts["shell"]).decoder
+        self.decoder = Tokenizer.from_str(facts["shell"]).decoder
+        self._numbers: dict[str, int | None] = {}  # of those that were asked for
         self._added = {number: (content, special) for number, content, special in facts["added"]}
         self._special = frozenset(content for content, special in self._added.values() if special)
 
@@ -41,11 +48,17 @@ class DecodingTable:
         """None: there is none."""
         return self._tokens[id] if 0 <= id < len(self._tokens) else None
 
+    def token_to_id(self, token: str) -> int | None:
+        """None: there is none. Meant for a few tokens, which are sought one by one."""
+        if token not in self._numbers and len(self._numbers) < MAX_SOUGHT:
+            self._numbers[token] = next((number for number, one in enumerate(self._tokens) if one == token), None)
+        return self._numbers.get(token)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """As Tokenizer.decode does it."""
         hidden = self._special if skip_special_tokens else ()
         named = [token for one in ids if (token := self.id_to_token(one)) is not None and token not in hidden]
-        return str(self._decoder.decode(named)) if self._decoder is not None else " ".join(named)
+        return str(self.decoder.decode(named)) if self.decoder is not None else " ".join(named)
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
         return {number: AddedToken(content, special=special) for number, (content, special) in self._added.items()}
