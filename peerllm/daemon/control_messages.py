@@ -124,6 +124,7 @@ class DeploymentView:
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
     idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
+    on_demand: bool = False  # a request started it, and no person
 
 
 @dataclass(frozen=True, slots=True)

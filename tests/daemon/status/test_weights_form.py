@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from peerllm.cli.look import deployment_text
-from peerllm.daemon.control_messages import DeploymentView
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
@@ -28,8 +27,7 @@ from tests.daemon.house import House, inspected, quiet
     ],
 )
 def test_words(dtype: str, quantize: str, wanted: str, form: str, words: str) -> None:
-    view = DeploymentView("d", "m", "serving", 1, "a" * 64, (), ())
-    assert weights_form(replace(view, dtype=dtype, quantize=quantize, quantize_wanted=wanted, form=form)) == words
+    assert weights_form(dtype, quantize, wanted, form) == words
 
 
 @pytest.fixture

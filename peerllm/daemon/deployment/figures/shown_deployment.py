@@ -66,6 +66,7 @@ class ShownDeployment:
             stays=self.stays,
             expires=self.expires,
             idle_since=self.idle_since,
+            on_demand=options.on_demand,
         )
 
     def served(self) -> ServedModel:
