@@ -152,7 +152,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x" * CONTEXT}, "prompt"),
     ({"prompt": ["x"] * (several_answers.MAX_ANSWERS + 1)}, "prompt"),
     ({"prompt": ["x"] * 9, "n": 2}, "prompt"),
-    ({"suffix": "end"}, "suffix"),
+    ({"suffix": "end"}, "does not support insert"),
     ({"best_of": 2}, "best_of"),
     ({"logprobs": 3}, "logprobs"),
     ({"prompt": [65], "echo": True}, "echo"),

@@ -17,7 +17,7 @@ from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import seconds_of
 from peerllm.api.server import ApiServer
 from peerllm.errors import EngineError, OverloadedError
-from tests.api.fake import BOUND_S, FakeHousehold, deployment
+from tests.api.fake import BOUND_S, CONTEXT, FakeHousehold, deployment
 
 HI = [{"role": "user", "content": "hi"}]
 ASK: Any = {"model": "builtin", "messages": HI}
@@ -217,9 +217,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"options": {"keep_alive": "soon"}}, "keep_alive"),
     ("chat", {"keep_alive": "soon"}, "keep_alive"),
     ("chat", {"keep_alive": []}, "keep_alive"),
-    ("generate", {"suffix": "x"}, "suffix"),
-    ("generate", {"context": [1]}, "/api/chat"),
-    ("generate", {"template": "x"}, "template"),
+    ("generate", {"suffix": "x"}, "does not support insert"),
+    ("generate", {"context": [1, 999_999]}, "context has a token id"),
+    ("generate", {"context": [-1]}, "context[0]"),
+    ("generate", {"context": [1] * CONTEXT}, "context"),
+    ("generate", {"context": [1], "raw": True}, "raw mode does not support"),
+    ("generate", {"system": "x", "raw": True}, "raw mode does not support"),
+    ("generate", {"template": "{{ range .Messages }}{{ end }}"}, "{{ range .Messages }}"),
+    ("generate", {"template": "{{ .Messages }}"}, ".Messages"),
+    ("generate", {"template": "{{ if .Prompt }}"}, "no end"),
+    ("generate", {"template": "{{ end }}"}, "{{ end }}"),
     ("generate", {"images": ["AA=="]}, "images"),
     ("show", {"model": ""}, "model is missing"),
 ]

@@ -80,8 +80,10 @@ class OllamaAnswers:
 
     def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         whole, usage, timings = time.monotonic() - self._since, ends.usage, ends.timings
+        told = {} if self._chat or not ends.all_ids else {"context": list(ends.all_ids)}
         return {
             **self._line(text, thought, True, calls),
+            **told,
             "done_reason": ends.reason,
             "total_duration": int(whole * _NS),
             "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from aiohttp import web
@@ -13,11 +17,15 @@ from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
+from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import ServedModel
+from peerllm.regular_files import read_regular
+from peerllm.stored_types import POOLING_FILE
 
 CPU = "cpu"  # the place of a device without an accelerator
 FAMILY = "peerllm"  # clients look below this name for the context's length
 CAPABILITIES = ("completion",)
+MAX_LICENSE_BYTES = 256 << 10
 NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
 
 
@@ -70,20 +78,41 @@ async def shown(app: web.Application, name: str) -> dict[str, Any]:
     """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
     model = find_model(app, name)
     here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
-    more = () if here is None else (("tools", here.chats), ("thinking", here.thinks))
+    directory = model.model_dir
+    more: Sequence[tuple[str, object]] = ()
+    if here is not None and directory is not None:
+        embeds = (directory / POOLING_FILE).is_file()
+        more = ("tools", here.chats), ("thinking", here.thinks), ("insert", here.fill_in), ("embedding", embeds)
     entry = _entry(model, _deployments(app))
     information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
     if model.context:
         information[f"{FAMILY}.context_length"] = model.context
+    defaults = {**({"num_ctx": model.context} if model.context else {}), **(here.defaults if here is not None else {})}
     return {
         "modelfile": f"# {model.model}",
-        "parameters": "",
-        "template": "",
+        "parameters": "\n".join(f"{name:<30} {value}" for name, value in defaults.items()),
+        "template": _template(here) if here is not None else "",
+        "license": await asyncio.to_thread(_license, directory) if directory is not None else "",
         "details": entry["details"],
         "model_info": information,
         "capabilities": [*CAPABILITIES, *(name for name, can in more if can)],
         "modified_at": entry["modified_at"],
     }
+
+
+def _template(text: AnswerText) -> str:
+    """That of the model, for chats. Clients look for `.Suffix` in it to know that a gap can be filled in."""
+    if not text.fill_in:
+        return text.template
+    filled = text.fill_in.format(before="{{ .Prompt }}", after="{{ .Suffix }}")
+    return "{{- if .Suffix }}" + filled + "{{ end }}" + text.template
+
+
+def _license(directory: Path) -> str:
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        with contextlib.suppress(OSError):
+            return read_regular(directory / name, MAX_LICENSE_BYTES).decode("utf-8", "replace")
+    return ""
 
 
 def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -40,13 +40,16 @@ class KeptForm(Struct, frozen=True):
     fleeting: bool
     calls: CallsWanted = CallsWanted()
     grammar: str = ""  # of a constrained answer
+    tells_ids: bool = False  # as in Generation
 
 
 def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation, grammar: str = "") -> str:
     """What is to be kept of an answer: a KeptForm."""
     chat, calls = bool(wanted.messages), wanted.calls()
     key, fingerprint, fleeting = repeat.key, repeat.fingerprint, repeat.fleeting
-    kept = KeptForm(FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar)
+    kept = KeptForm(
+        FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar, wanted.tells_ids
+    )
     return msgspec.json.encode(kept).decode()
 
 
@@ -78,7 +81,8 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
     )
     chat = answer.prompt if kept.chat else None
     chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)
-    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls)
+    told_ids = answer.prompt if kept.tells_ids else None
+    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls, told_ids)
 
 
 async def _chunks(app: web.Application, wanted: GenerateRequest) -> AsyncIterator[Chunk]:

@@ -29,6 +29,7 @@ class BegunAnswer:
     stops: Sequence[str]
     chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first, and call tools
     calls: CallsWanted
+    told_ids: Sequence[int] | None = None  # the prompt, where the end tells its ids
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
@@ -36,6 +37,15 @@ class BegunAnswer:
         detokenizer = self.text.detokenizer(self.silent, self.chat is not None, bool(schemas))
         reader = self.text.reader(self.chat, schemas, not self.calls.parallel)
         return GrowingAnswer(detokenizer, StopScanner(self.stops), reader)
+
+    def all_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Of the prompt and the answer, up to where the model ended it; none where they are not told."""
+        if self.told_ids is None:
+            return ()
+        end = len(ids)
+        while end and ids[end - 1] in self.silent:
+            end -= 1
+        return (*self.told_ids, *ids[:end])
 
 
 @dataclass(slots=True)
