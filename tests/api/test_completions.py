@@ -152,9 +152,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x" * CONTEXT}, "prompt"),
     ({"prompt": ["x"] * (several_answers.MAX_ANSWERS + 1)}, "prompt"),
     ({"prompt": ["x"] * 9, "n": 2}, "prompt"),
-    ({"suffix": "end"}, "does not support insert"),
+    ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"logprobs": 3}, "logprobs"),
+    ({"logprobs": 6}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 0, "echo": True}, "echo"),
     ({"prompt": [65], "echo": True}, "echo"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
 ]

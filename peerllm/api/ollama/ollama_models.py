@@ -17,6 +17,7 @@ from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
+from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import ServedModel
 from peerllm.regular_files import read_regular
@@ -42,13 +43,13 @@ class ShowBody(Struct):
         return name
 
 
-def tags(app: web.Application) -> dict[str, Any]:
+def tags(app: web.Application) -> OllamaModels:
     """Every model of the household."""
     facts = _deployments(app)
     return {"models": [_entry(model, facts) for model in listed_models(app)]}
 
 
-def running(app: web.Application) -> dict[str, Any]:
+def running(app: web.Application) -> LoadedModels:
     """Those that can answer now."""
     facts = _deployments(app)
     serving = {model.deployment: model for model in reversed(listed_models(app)) if model.state == "serving"}
@@ -74,7 +75,7 @@ def _accelerated(device: dict[str, Any]) -> bool:
     return place != CPU
 
 
-async def shown(app: web.Application, name: str) -> dict[str, Any]:
+async def shown(app: web.Application, name: str) -> ShownModel:
     """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
     model = find_model(app, name)
     here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
@@ -115,7 +116,7 @@ def _license(directory: Path) -> str:
     return ""
 
 
-def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
     name = model.name if ":" in model.name else model.name + ANY_TAG
     told = facts.get(model.deployment, {})
     return {

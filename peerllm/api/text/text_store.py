@@ -198,5 +198,5 @@ def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
     decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
     form, vocabulary = FORMS.get(told.get("form") or ""), decoder.get_vocab_size()
-    special, defaults = special_ids(decoder), told["defaults"]
-    return AnswerText(model_dir, decoder, special, defaults, vocabulary, marks, form, told["fill_in"], told["template"])
+    special, more = special_ids(decoder), (told.get("fill_in", ""), told.get("template", ""))
+    return AnswerText(model_dir, decoder, special, told["defaults"], vocabulary, marks, form, *more)
