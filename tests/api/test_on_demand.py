@@ -76,6 +76,7 @@ async def test_lists_have_what_is_on_disk_and_ps_what_is_loaded(
     tags = (await lama.list()).models
     assert [one.model for one in tags] == ["builtin:latest", "smollm2:latest"]
     assert tags[1].size == 1234
+    assert tags[1].details is not None and tags[1].details.parameter_size == "135M"
     (ps,) = (await lama.ps()).models
     assert (
         ps.model == "builtin:latest" and ps.expires_at is not None and int(ps.expires_at.timestamp()) == 1_700_000_300

@@ -24,7 +24,7 @@ from peerllm.regular_files import read_regular
 from peerllm.stored_types import POOLING_FILE
 
 CPU = "cpu"  # the place of a device without an accelerator
-FAMILY = "peerllm"  # clients look below this name for the context's length
+FAMILY = "peerllm"  # where the architecture is not known; clients look below this name for the context's length
 CAPABILITIES = ("completion",)
 MAX_LICENSE_BYTES = 256 << 10
 NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
@@ -85,9 +85,12 @@ async def shown(app: web.Application, name: str) -> ShownModel:
         embeds = (directory / POOLING_FILE).is_file()
         more = ("tools", here.chats), ("thinking", here.thinks), ("insert", here.fill_in), ("embedding", embeds)
     entry = _entry(model, _deployments(app))
-    information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
+    family = model.details.family or FAMILY
+    information: dict[str, Any] = {"general.architecture": family, "general.basename": model.name}
+    if model.details.parameters:
+        information["general.parameter_count"] = model.details.parameters
     if model.context:
-        information[f"{FAMILY}.context_length"] = model.context
+        information[f"{family}.context_length"] = model.context
     defaults = {**({"num_ctx": model.context} if model.context else {}), **(here.defaults if here is not None else {})}
     return {
         "modelfile": f"# {model.model}",
@@ -118,7 +121,7 @@ def _license(directory: Path) -> str:
 
 def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
     name = model.name if ":" in model.name else model.name + ANY_TAG
-    told = facts.get(model.deployment, {})
+    told, about = facts.get(model.deployment, {}), model.details
     return {
         "name": name,
         "model": name,
@@ -127,15 +130,23 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
         "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
         "details": {
             "parent_model": "",
-            "format": "",
-            "family": FAMILY,
-            "families": [FAMILY],
-            "parameter_size": "",
-            "quantization_level": told.get("weights", ""),
+            "format": about.file_format,
+            "family": about.family or FAMILY,
+            "families": [about.family or FAMILY],
+            "parameter_size": _size(about.parameters),
+            "quantization_level": about.level,
         },
         "context_length": model.context,
         "capabilities": list(CAPABILITIES),
     }
+
+
+def _size(parameters: int) -> str:
+    """As Ollama writes it: "7.6B", "134.52M"; "" where it is not known."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.{2 if letter == 'M' else 1}f}".rstrip("0").rstrip(".") + letter
+    return ""
 
 
 def _deployments(app: web.Application) -> dict[str, dict[str, Any]]:
