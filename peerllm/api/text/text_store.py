@@ -57,6 +57,8 @@ class AnswerText:
     vocabulary: int  # tokens
     marks: Marks | None = None  # around what the model thinks; None: it does not, or not between marks
     form: CallForm | None = None  # in which it calls tools; None: it has no chat template
+    fill_in: str = ""  # see fill_in_form
+    template: str = ""  # for chats
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
@@ -143,10 +145,11 @@ class TextStore:
         asker: str = "",
         reasoning: bool | str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        after: Sequence[int] = (),
     ) -> list[int]:
         """The token ids of a chat, or of a text that is to be continued.
 
-        `reasoning` as in Generation, `tools` as templates expect them.
+        `reasoning` as in Generation, `tools` as templates expect them. `after`: ids that they follow.
 
         FieldError if they and one token of an answer do not fit the context. Small and large prompts of an asker are
         prepared one after the other, so that others wait for one at most.
@@ -159,7 +162,7 @@ class TextStore:
             size = len(said) if isinstance(said, str) else sum(len(str(part)) for pair in parts for part in pair)
             size += sum(len(str(tool)) for tool in tools)
             question: dict[str, Any] = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
-            question |= {"reasoning": reasoning, "tools": tools}
+            question |= {"reasoning": reasoning, "tools": tools, "after": after}
             async with self._turns.setdefault((asker, size > LARGE_CHARS), asyncio.Lock()):
                 ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
@@ -206,4 +209,5 @@ def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
     decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
     form, vocabulary = FORMS.get(told.get("form") or ""), decoder.get_vocab_size()
-    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], vocabulary, marks, form)
+    special, more = special_ids(decoder), (told.get("fill_in", ""), told.get("template", ""))
+    return AnswerText(model_dir, decoder, special, told["defaults"], vocabulary, marks, form, *more)
