@@ -125,6 +125,9 @@ class DeploymentView:
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
     abilities: tuple[str, ...] = ()  # of the model, see chat_templates
     idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
+    on_demand: bool = False  # a request started it, and no person
+    family: str = ""  # the model's architecture; "": not known yet
+    parameters: int = 0  # about; 0: not known yet
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class HouseholdEvents:
         views = {device: peer.view.deployments for device, peer in peers.items() if peer.view}
         parts.household_models.hear(peers, views, silent)
         self._look_ahead()
+        parts.coordinator.look_for_others()
         parts.poke()
 
     def _look_ahead(self) -> None:

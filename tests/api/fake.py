@@ -161,6 +161,7 @@ class FakeHousehold:
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
+        self.error_in_gate: Exception | None = None  # before the first token, behind `gate`
         self.finish: Any = "stop"
         self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
@@ -295,6 +296,8 @@ class FakeHousehold:
                 await asyncio.sleep(self.pace_s)
             if self.gate is not None:
                 await self.gate.wait()
+            if self.error_in_gate:
+                raise self.error_in_gate
             if request.pool:
                 yield Chunk((), "stop", vector=(float(len(request.prompt)), float(request.prompt[-1]), 2.0, -4.0))
                 return

@@ -290,6 +290,17 @@ async def test_a_relayed_request_is_never_relayed_again(pair: Pair) -> None:
     assert not pair.mini.requests and not pair.laptop.requests
 
 
+async def test_who_asks_a_device_that_another_serves_it_instead_of_is_told_so(pair: Pair) -> None:
+    """As where two devices began to start a model, and the one that was asked gave way."""
+    pair.laptop.served = [replace(pair.elsewhere(), source="c" * 64)]
+    headers = {"X-Device": MINI}
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(pair.control + remote_answer.ANSWER_PATH, json=relayed()) as response,
+    ):
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "device_leaving")
+
+
 async def test_peers_reach_answers_only(pair: Pair) -> None:
     headers = {"X-Device": MINI, "X-PeerLLM": "page"}
     path = remote_answer.ANSWER_PATH

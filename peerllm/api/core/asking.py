@@ -46,7 +46,27 @@ async def _answer(
     When the device that computes it is lost, or gives the model to another, it goes on there. Closing it cancels the
     sequence on every device, unless the client has a key.
     """
-    until, asked, store = None, repeat or fleeting(wanted), app[ANSWERS]
+    asked = repeat or fleeting(wanted)
+    while True:
+        try:
+            async with aclosing(_sought(app, wanted, caller, asked, lasting=repeat is not None)) as events:
+                async for event in events:
+                    yield event
+            return
+        except (UnavailableError, UnknownModelError) as error:
+            mistaken = caller.device and isinstance(error, UnknownModelError)  # that device may name the asking one
+            if not _moved(app, wanted.model, "", *([caller.device] if mistaken else ())):
+                raise
+            if caller.device:  # which hears of the other device, too
+                raise DeviceLeavingError(str(error)) from error
+            await asyncio.sleep(RETRY_S)  # until that one has heard of it
+
+
+async def _sought(
+    app: web.Application, wanted: Generation, caller: Caller, asked: Repeat, lasting: bool
+) -> AsyncGenerator[AnswerEvent]:
+    """By the device that answers for the model now. `lasting`: the client has a key."""
+    until, store = None, app[ANSWERS]
     unload = wanted.load_only and wanted.keep_alive_s == 0
     while True:
         if unload and not (there := find_model(app, wanted.model, bool(caller.device))).source:
@@ -83,7 +103,7 @@ async def _answer(
                             yield event
                     return
                 except LinkError as error:
-                    until = until or time.monotonic() + (SOUGHT_S if repeat is None and asked.had is None else RESUME_S)
+                    until = until or time.monotonic() + (RESUME_S if lasting or asked.had is not None else SOUGHT_S)
                     if time.monotonic() >= until:
                         what = f"no answer of {model.name} to its end: {error}; ask again in a moment"
                         raise LinkError(what) from error
@@ -95,25 +115,18 @@ async def _answer(
             if kept is None:
                 begin = begun_answer(app, wanted, model, caller, asked)
                 kept = store.begin(asked.key, asked.fingerprint, caller.payer(wanted.user), begin, asked.fleeting)
-        try:
-            with store.reading(kept):
-                begun = await kept.started()
-                async with aclosing(told(app, begun, kept.chunks(), asked.had, asked.beyond)) as events:
-                    async for event in events:
-                        asked.note(event)
-                        yield event
-            return
-        except UnavailableError as error:  # the deployment ended here: whoever goes on with it goes on with the answer
-            if not _moved(app, wanted.model, ""):
-                raise
-            if caller.device:
-                raise DeviceLeavingError(str(error)) from error
-            await asyncio.sleep(RETRY_S)  # until that one has heard of it
+        with store.reading(kept):
+            begun = await kept.started()
+            async with aclosing(told(app, begun, kept.chunks(), asked.had, asked.beyond)) as events:
+                async for event in events:
+                    asked.note(event)
+                    yield event
+        return
 
 
-def _moved(app: web.Application, model: str, source: DeviceId) -> bool:
-    """Whether another device than the source answers for it now."""
+def _moved(app: web.Application, model: str, *sources: DeviceId) -> bool:
+    """Whether another device than these answers for it now."""
     try:
-        return find_model(app, model).source != source
+        return find_model(app, model).source not in sources
     except UnknownModelError:
         return False  # it may be listed again in a moment

@@ -56,6 +56,8 @@ class AnswerText:
     defaults: Mapping[str, float]
     marks: Marks | None = None  # around what the model thinks; None: it does not, or not between marks
     form: CallForm | None = None  # in which it calls tools; None: it has no chat template
+    fill_in: str = ""  # see fill_in_form
+    template: str = ""  # for chats
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
@@ -146,10 +148,11 @@ class TextStore:
         asker: str = "",
         reasoning: bool | str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        after: Sequence[int] = (),
     ) -> list[int]:
         """The token ids of a chat, or of a text that is to be continued.
 
-        `reasoning` as in Generation, `tools` as templates expect them.
+        `reasoning` as in Generation, `tools` as templates expect them. `after`: ids that they follow.
 
         FieldError if they and one token of an answer do not fit the context. Small and large prompts of an asker are
         prepared one after the other, so that others wait for one at most.
@@ -162,7 +165,7 @@ class TextStore:
             size = len(said) if isinstance(said, str) else sum(len(str(part)) for pair in parts for part in pair)
             size += sum(len(str(tool)) for tool in tools)
             question: dict[str, Any] = {"model_dir": str(text.model_dir), "prompt": said, "context": context}
-            question |= {"reasoning": reasoning, "tools": tools}
+            question |= {"reasoning": reasoning, "tools": tools, "after": after}
             async with self._turns.setdefault((asker, size > LARGE_CHARS), asyncio.Lock()):
                 ids: list[int] = (await self._ask(question, size))["ids"]
             return ids
@@ -208,5 +211,5 @@ class TextStore:
 def _answer_text(model_dir: Path, told: Mapping[str, Any], tokens: Sequence[str | None]) -> AnswerText:
     decoder, told_marks = DecodingTable(told["table"], tokens), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
-    form = FORMS.get(told.get("form") or "")
-    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], marks, form)
+    form, more = FORMS.get(told.get("form") or ""), (told.get("fill_in", ""), told.get("template", ""))
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], marks, form, *more)
