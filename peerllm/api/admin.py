@@ -12,7 +12,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from peerllm.api.bodies import read_body
-from peerllm.api.error_answers import FieldError, household_error, json_response, refused
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response, refused
 from peerllm.api.guard import is_loopback
 from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.streams import KEEP_ALIVE_S, SSE, Stream, each, pulsed
@@ -113,7 +113,7 @@ async def process(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
@@ -226,7 +226,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, "application/x-ndjson", household_error)
+    stream = Stream(request, "application/x-ndjson", failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

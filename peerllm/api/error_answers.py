@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api.streams import STREAM, Stream
+from peerllm.api.streams import STREAM, Failing, Stream
 from peerllm.errors import BadInputError, OverloadedError, PeerLLMError, one_line
 
 RETRY_AFTER_S = 5  # seconds after which a client may ask again for what is not available now
@@ -86,15 +85,20 @@ def household_error(facts: ErrorFacts) -> dict[str, Any]:
     return {"error": {**told, **facts.more}}
 
 
-# By the beginning of the path, the longest that fits; every other route has `household_error`.
+# By the beginning of the path, or by a header that is there; the longest that fits. All others: `household_error`.
 SHAPES: web.AppKey[Mapping[str, ErrorShape]] = web.AppKey("shapes", dict)
 
 
 def shape_of(request: web.Request) -> ErrorShape:
     """How the clients of this request's route read errors."""
     shapes = request.app.get(SHAPES, {})
-    found = [prefix for prefix in shapes if request.path.startswith(prefix)]
+    found = [one for one in shapes if request.path.startswith(one) or one in request.headers]
     return shapes[max(found, key=len)] if found else household_error
+
+
+def failing_as(shape: ErrorShape) -> Failing:
+    """A stream ends with one object of this shape."""
+    return lambda facts: (shape(facts),)
 
 
 def facts_of(error: PeerLLMError) -> ErrorFacts:
@@ -166,7 +170,5 @@ async def _broken_off(request: web.Request, facts: ErrorFacts) -> web.StreamResp
     stream: Stream | None = request.get(STREAM)
     if stream is None or not stream.started:
         return None
-    with contextlib.suppress(ConnectionError):
-        await stream.send(stream.failing(facts))
-        await stream.end()
+    await stream.fail(facts)
     return stream.response

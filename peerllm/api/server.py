@@ -25,6 +25,8 @@ from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_routes import add_ollama
 from peerllm.api.openai.openai_routes import add_openai
+from peerllm.api.openai.responses.response_answers import responses_error
+from peerllm.api.openai.responses.response_routes import RESPONSES_PATH
 from peerllm.api.peer_api import PeerApi
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
@@ -59,7 +61,7 @@ def create_app(
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
-    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error}
+    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error, RESPONSES_PATH: responses_error}
     app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)

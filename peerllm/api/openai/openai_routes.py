@@ -17,6 +17,7 @@ from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_answers import CompletionAnswers
 from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.openai.embedding_requests import EmbeddingBody
+from peerllm.api.openai.responses.response_routes import add_responses
 from peerllm.daemon.facade import ServedModel
 
 
@@ -26,6 +27,7 @@ def add_openai(app: web.Application) -> None:
     app.router.add_post("/v1/chat/completions", chat_completions)
     app.router.add_post("/v1/completions", completions)
     app.router.add_post("/v1/embeddings", embeddings)
+    add_responses(app)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
