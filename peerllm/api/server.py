@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler
 
 from peerllm.api import admin, owner_routes, page
 from peerllm.api.anthropic.anthropic_answers import anthropic_error
+from peerllm.api.anthropic.anthropic_models import VERSION_HEADER
 from peerllm.api.anthropic.anthropic_routes import MESSAGES_PATH, add_anthropic
 from peerllm.api.bodies import MAX_BODY_BYTES
 from peerllm.api.core.kept import inherited_answers
@@ -61,7 +62,8 @@ def create_app(
     app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
-    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error, RESPONSES_PATH: responses_error}
+    by_anthropic = dict.fromkeys((MESSAGES_PATH, VERSION_HEADER), anthropic_error)
+    app[SHAPES] = {"/api/": ollama_error, RESPONSES_PATH: responses_error, **by_anthropic}
     app[EXPECTED] = ExpectedModel(expected)
     app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)

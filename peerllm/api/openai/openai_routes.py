@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from peerllm.api.anthropic.anthropic_models import VERSION_HEADER, model_info, model_page
 from peerllm.api.bodies import read_body
 from peerllm.api.core.caller import caller_of
 from peerllm.api.core.embeddings import vectors_of
@@ -49,13 +50,16 @@ async def embeddings(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Those that are about to be started here come last."""
+    """Those that are about to be started here come last. Anthropic's clients have it in their form."""
+    if VERSION_HEADER in request.headers:
+        return json_response(model_page(listed_models(request.app), request.query))
     return json_response({"object": "list", "data": [_object(model) for model in listed_models(request.app)]})
 
 
 async def one_model(request: web.Request) -> web.Response:
     """One of them, 404 if there is none of that name."""
-    return json_response(_object(find_model(request.app, request.match_info["id"])))
+    told = model_info if VERSION_HEADER in request.headers else _object
+    return json_response(told(find_model(request.app, request.match_info["id"])))
 
 
 def _object(model: ServedModel) -> dict[str, Any]:

@@ -33,7 +33,6 @@ NAMES: Mapping[str, str] = {
     "parallel_calls": "parallel_tool_calls",
     "logprobs": "top_logprobs",
     "messages": "input",
-    "prompt": "input",
 }
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16

@@ -92,6 +92,7 @@ class ResponseStore:
         ]
 
     def _item(self, client: str, name: str, where: str) -> ResponseItem:
+        self._expire()
         of = _OF.fullmatch(name)
         stored = self._stored.get(f"resp_{of['answer']}") if of is not None else None
         if stored is not None and stored.client == client:
