@@ -454,6 +454,7 @@ async def test_what_the_system_says_is_one_message(ai: openai.AsyncOpenAI, house
 
 
 IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
+DEEP = json.loads('{"a":' * 252 + "{}" + "}" * 252)
 CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"model": None}, "model", "model"),
@@ -483,6 +484,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.tools", "one tool"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "missing"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type", "one of"),
+    ({"tools": [{**TOOLS[0], "parameters": {"a": 2**70}}]}, "tools", "too large"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": DEEP}}}, "text.format", "nested"),
+    ({"max_tool_calls": 2**70}, "max_tool_calls", "max_tool_calls"),
     ({"background": True}, "background", "not supported"),
     ({"conversation": "conv_1"}, "conversation", "not supported"),
     ({"prompt": {"id": "p"}}, "prompt", "not supported"),

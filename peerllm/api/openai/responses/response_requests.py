@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
+import orjson
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
@@ -114,7 +115,7 @@ class ResponseBody(SampledFields, kw_only=True):
     instructions: str | None = None
     previous_response_id: Identifier | None = None
     max_output_tokens: TokenCount | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: TokenCount | None = None
     tools: Annotated[list[ResponseTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | ResponseToolChoice | None = None
     parallel_tool_calls: Flag = None
@@ -142,8 +143,10 @@ class ResponseBody(SampledFields, kw_only=True):
             return [ResponseItem(type="message", role="user", content=self.input)]
         return self.input or []
 
-    def generation(self, items: Sequence[ResponseItem], earlier: int) -> Generation:
-        """`items`: all that is answered, of which the first `earlier` were said before this request."""
+    def generation(
+        self, earlier: Sequence[ResponseItem] = (), items: Sequence[ResponseItem] | None = None
+    ) -> Generation:
+        """The answer to `earlier` items and the request's own; `items`: these, with those that are referred to."""
         for name in _ELSEWHERE:
             if getattr(self, name):
                 raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
@@ -152,7 +155,7 @@ class ResponseBody(SampledFields, kw_only=True):
         tools, chosen = (offered, choice) if isinstance(choice, str) else choice.chosen(offered)
         wanted = Generation(
             model=self.model,
-            messages=self._messages(items, earlier),
+            messages=self._messages(earlier, self.items() if items is None else items),
             max_tokens=self.max_output_tokens,
             stops=self.stops,
             sampling=self.sampling(),
@@ -167,9 +170,9 @@ class ResponseBody(SampledFields, kw_only=True):
         )
         return checked(wanted, NAMES)
 
-    def _messages(self, items: Sequence[ResponseItem], earlier: int) -> tuple[ChatMessage, ...]:
+    def _messages(self, earlier: Sequence[ResponseItem], own: Sequence[ResponseItem]) -> tuple[ChatMessage, ...]:
         """What the system says first as one message: most templates take no more."""
-        messages = messages_of(items, earlier)
+        messages = messages_of([*earlier, *own], len(earlier))
         if not messages:
             raise FieldError("input is missing", "input")
         if self.instructions:
@@ -182,7 +185,7 @@ class ResponseBody(SampledFields, kw_only=True):
         return tuple(messages)
 
     def told(self) -> dict[str, Any]:
-        """What every response tells again of its request."""
+        """What every response tells again of its request; FieldError if that cannot be told."""
         text = self.text or ResponseText()
         kept = text.format or TextFormat()
         form: dict[str, Any] = {"type": kept.type}
@@ -192,12 +195,18 @@ class ResponseBody(SampledFields, kw_only=True):
         elif kept.grammar:
             form["grammar"] = kept.grammar
         reasoning = self.reasoning or ReasoningBody()
+        tools = [msgspec.to_builtins(one) | {"strict": bool(one.strict)} for one in self.tools or ()]
+        for name, value in (("text.format", form), ("tools", tools)):
+            try:
+                orjson.dumps([[[value]]])
+            except orjson.JSONEncodeError as error:
+                raise FieldError(f"{name} is nested too deeply, or a number in it is too large", name) from error
         return {
             "instructions": self.instructions,
             "previous_response_id": self.previous_response_id,
             "max_output_tokens": self.max_output_tokens,
             "max_tool_calls": self.max_tool_calls,
-            "tools": [msgspec.to_builtins(one) | {"strict": bool(one.strict)} for one in self.tools or ()],
+            "tools": tools,
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "text": {"format": form, **({"verbosity": text.verbosity} if text.verbosity else {})},

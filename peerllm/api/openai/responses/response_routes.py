@@ -102,8 +102,8 @@ def _asked(request: web.Request, body: ResponseBody) -> tuple[Generation, list[R
     earlier: list[ResponseItem] = []
     if body.previous_response_id is not None:
         earlier = store.find(client, body.previous_response_id, "previous_response_id").conversation()
-    items = [*earlier, *store.resolved(client, body.items())]
-    return body.generation(items, len(earlier)), items
+    own = store.resolved(client, body.items())
+    return body.generation(earlier, own), [*earlier, *own]
 
 
 def _stored(request: web.Request) -> StoredResponse:
