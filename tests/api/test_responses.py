@@ -19,6 +19,7 @@ from tests.api import templates
 from tests.api.fake import TEMPLATE, FakeHousehold, make_model_dir
 from tests.api.relay_pair import Pair
 from tests.api.test_kept_answers import KEY
+from tests.api.test_reasoning import THINKING
 from tests.api.test_tools import ARGUMENTS, CALLS, PARAMETERS, SAID, prompt, with_marks
 
 PATH = "/v1/responses"
@@ -46,7 +47,7 @@ async def ai(server: ApiServer) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def thinker(household: FakeHousehold, tmp_path: Path) -> FakeHousehold:
     """The household's model thinks."""
-    make_model_dir(household.model.model_dir or tmp_path, TEMPLATE + "{# <think></think> #}")
+    make_model_dir(household.model.model_dir or tmp_path, TEMPLATE + THINKING)
     household.reply = f"<think>\n{THOUGHT}\n</think>\n\n{household.reply}"
     return household
 
@@ -175,7 +176,7 @@ async def test_thoughts_are_an_item_of_their_own(
     assert tokens == events[-1]["response"]["usage"]["output_tokens_details"]["reasoning_tokens"]
     assert len(THOUGHT) < tokens < whole.usage.output_tokens
     off = await ai.responses.create(model="builtin", input=whole.output, reasoning={"effort": "none"})
-    assert off.reasoning and off.reasoning.effort == "none"
+    assert off.reasoning and off.reasoning.effort == "none" and prompt(thinker).endswith("<think>\n\n</think>\n\n")
     assert THOUGHT not in prompt(thinker) and "<|assistant|>Hello" in prompt(thinker), "thoughts are not said again"
 
 
@@ -325,6 +326,9 @@ async def test_a_conversation_goes_on(ai: openai.AsyncOpenAI, household: FakeHou
     with pytest.raises(openai.NotFoundError) as found:
         await ai.responses.create(**ASK, previous_response_id=first.id)
     assert (found.value.code, found.value.param) == ("previous_response_not_found", "previous_response_id")
+    with pytest.raises(openai.BadRequestError) as wrong:
+        await ai.responses.create(model="builtin", input=[IMAGE], previous_response_id=third.id)
+    assert wrong.value.param == "input[0]", "counted in the request, not in the conversation"
     assert (await ai.responses.create(**ASK, previous_response_id=third.id)).output_text == "Well.", "it has all"
 
 

@@ -161,9 +161,6 @@ class ResponseAnswers:
         elif open_item is not None:
             open_item.arguments = text
             if status == "completed" or (text and open_item.given() is not None):
-                if not text:
-                    open_item.arguments = "{}"
-                    yield self._of_item("response.function_call_arguments.delta", delta="{}")
                 status = "completed"
                 yield self._of_item("response.function_call_arguments.done", arguments=open_item.arguments)
             self._output[-1] = _call(self._output[-1]["id"], open_item, status)
@@ -173,7 +170,7 @@ class ResponseAnswers:
 
     def _added(self, item: dict[str, Any]) -> dict[str, Any]:
         self._output.append(item)
-        return self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(item))
+        return self._event("response.output_item.added", output_index=len(self._output) - 1, item=item)
 
     def _of_item(self, name: str, kind: TextKind | None = None, **more: Any) -> dict[str, Any]:
         """An event about the last item, or about the one part that it has."""
