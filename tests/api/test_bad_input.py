@@ -24,6 +24,14 @@ def ask(**more: Any) -> dict[str, Any]:
     return {"model": "builtin", "messages": HI, **more}
 
 
+async def test_whole_numbers_may_have_a_point(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    """JSON knows one kind of number, and so do some clients."""
+    body = b'{"model": "builtin", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4.0, "top_k": 2e1}'
+    async with client.post(PATH, data=body, headers={"Content-Type": "application/json"}) as response:
+        assert response.status == 200
+    assert (household.requests[-1].max_tokens, household.requests[-1].sampling.top_k) == (4, 20)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI}, "model"),
     ({"model": 5, "messages": HI}, "model"),
@@ -78,8 +86,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (ask(n=17), "n"),
     (ask(n=0), "n"),
     (ask(n="1"), "n"),
-    (ask(logprobs=True), "logprobs"),
-    (ask(top_logprobs=3), "logprobs"),
+    (ask(logprobs=3), "logprobs"),
+    (ask(top_logprobs=3), "top_logprobs"),
+    (ask(top_logprobs=3, logprobs=False), "top_logprobs"),
+    (ask(logprobs=True, top_logprobs=21), "top_logprobs"),
+    (ask(logprobs=True, top_logprobs=-1), "top_logprobs"),
     (ask(logit_bias={"5": 1}), "logit_bias"),
     (ask(tools=[{"type": "function"}]), "tools[0].function"),
     (ask(tools=[{"type": "function", "function": {"name": ""}}]), "tools[0].function.name"),
@@ -135,6 +146,7 @@ async def test_a_part_that_is_no_text_is_refused_before_anything_is_computed(
     [
         {"unknown": {"deep": [1]}},
         {"logprobs": False},
+        {"logprobs": False, "top_logprobs": 0},
         {"tools": []},
         {"n": 1},
         {"temperature": None},

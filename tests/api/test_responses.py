@@ -19,6 +19,7 @@ from tests.api import templates
 from tests.api.fake import TEMPLATE, FakeHousehold, make_model_dir
 from tests.api.relay_pair import Pair
 from tests.api.test_kept_answers import KEY
+from tests.api.test_logprobs import expected
 from tests.api.test_reasoning import THINKING
 from tests.api.test_tools import ARGUMENTS, CALLS, PARAMETERS, SAID, prompt, with_marks
 
@@ -274,6 +275,24 @@ async def test_who_says_nothing_has_a_message_all_the_same(
     events = await streamed(client)
     assert [one["type"] for one in events[-1]["response"]["output"]] == ["reasoning", "message"][not reply :]
     assert events[-1]["response"]["output"][-1]["content"][0]["text"] == ""
+
+
+async def test_log_probabilities(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    wanted = expected(household, household.reply)
+    more = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    async with client.post(PATH, json={**ASK, **more}) as response:
+        assert fits(await response.json())["output"][0]["content"][0]["logprobs"] == wanted
+    household.pace_s = 0.001
+    events = await streamed(client, **more)
+    deltas = of(events, "output_text.delta")
+    assert [one for delta in deltas for one in delta["logprobs"]] == wanted and len(deltas) > 5
+    done, part = of(events, "output_text.done")[0], of(events, "content_part.done")[0]["part"]
+    assert (
+        done["logprobs"] == part["logprobs"] == events[-1]["response"]["output"][0]["content"][0]["logprobs"] == wanted
+    )
+    async with client.post(PATH, json={**ASK, "include": ["message.output_text.logprobs"]}) as response:
+        (first, *_) = (await response.json())["output"][0]["content"][0]["logprobs"]
+    assert first == {**wanted[0], "top_logprobs": []}
 
 
 class Person(BaseModel):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
+from peerllm.api.anthropic.anthropic_objects import AnthropicModel, AnthropicModels
 from peerllm.api.error_answers import FieldError
 from peerllm.daemon.facade import ServedModel
 
@@ -24,12 +24,8 @@ class ModelPage(Struct):
     before_id: str | None = None
 
 
-def model_page(models: Sequence[ServedModel], query: Mapping[str, str]) -> dict[str, Any]:
-    """One page, FieldError if the query makes no sense."""
-    try:
-        asked = msgspec.convert(dict(query), ModelPage, strict=False)
-    except msgspec.ValidationError as error:
-        raise FieldError(f"limit must lie in [1, {MAX_LISTED}]", "limit") from error
+def model_page(models: Sequence[ServedModel], asked: ModelPage) -> AnthropicModels:
+    """One page; FieldError if there is no such model."""
     names = [one.name for one in models]
     for name in ("after_id", "before_id"):
         if (given := getattr(asked, name)) is not None and given not in names:
@@ -40,11 +36,11 @@ def model_page(models: Sequence[ServedModel], query: Mapping[str, str]) -> dict[
     else:
         behind = models[names.index(asked.after_id) + 1 :] if asked.after_id is not None else models
         page, more = behind[: asked.limit], len(behind) > asked.limit
-    ends = {"first_id": page[0].name if page else None, "last_id": page[-1].name if page else None}
-    return {"data": [model_info(one) for one in page], "has_more": more, **ends}
+    ends = (page[0].name, page[-1].name) if page else (None, None)
+    return {"data": [model_info(one) for one in page], "has_more": more, "first_id": ends[0], "last_id": ends[1]}
 
 
-def model_info(model: ServedModel) -> dict[str, Any]:
+def model_info(model: ServedModel) -> AnthropicModel:
     """One that is on a disk only has no time: it is said to be as old as can be."""
     return {
         "type": "model",

@@ -37,9 +37,9 @@ async def begun_answer(
 ) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
     text, prompt = await _encoded(app, wanted, model, caller)
-    grammar = (
-        "" if wanted.answer_form is None else await app[TEXTS].grammar(text, wanted.answer_form, text.opened(prompt))
-    )
+    calls, grammar = wanted.calls(), ""
+    if wanted.answer_form is not None or calls.keep:
+        grammar = await app[TEXTS].grammar(text, wanted.answer_form, calls, text.opened(prompt))
     room = model.context - len(prompt)
     sampling = _sampling(wanted.sampling, text.defaults)
     drawn = sampling.temperature, sampling.top_p
@@ -53,10 +53,12 @@ async def begun_answer(
         keep_alive_s=wanted.keep_alive_s,
         kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted, grammar),
         constraint=text.constraint(grammar),
+        logprobs=wanted.logprobs,
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     chat = prompt if wanted.messages else None
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, wanted.calls())
+    asked = wanted.logprobs is not None
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked)
 
 
 async def counted(app: web.Application, wanted: Generation, model: ServedModel, caller: Caller) -> AnswerEnds:
@@ -123,11 +125,11 @@ async def told(
                 begins, first = True, time.monotonic()
                 yield begun.begins
             skipped = max(0, known - len(answer.ids))
-            for _ in parts.of(answer.feed(chunk.ids[:skipped], None), answer.ids):
+            for _ in parts.of(answer.feed(chunk.ids[:skipped], None, 0, chunk.logprobs), answer.ids):
                 pass
             parts.sent = max(parts.sent, min(known, len(answer.ids)))
-            for ids, finish in _parts(answer, chunk.ids[skipped:], chunk.finish):
-                for event in parts.of(answer.feed(ids, finish, chunk.reused), answer.ids):
+            for ids, logprobs, finish in _parts(answer, chunk, skipped):
+                for event in parts.of(answer.feed(ids, finish, chunk.reused, logprobs), answer.ids):
                     if beyond > 0:
                         beyond -= 1
                     else:
@@ -143,11 +145,13 @@ async def told(
 
 
 def _parts(
-    answer: GrowingAnswer, ids: Sequence[int], finish: FinishReason | None
-) -> Iterator[tuple[Sequence[int], FinishReason | None]]:
-    """Of a chunk: one token after the other where there may be more than words, so that few come with the same one."""
-    at = 0
-    while at < len(ids) - 1 and not answer.reader.done:
-        yield ids[at : at + 1], None
+    answer: GrowingAnswer, chunk: Chunk, at: int
+) -> Iterator[tuple[Sequence[int], Sequence[bytes], FinishReason | None]]:
+    """Of a chunk from there on: token by token where there may be more than words, so that few come with the same one.
+
+    Also where they are told with their log probabilities, of which an event has few.
+    """
+    while at < len(chunk.ids) - 1 and not (answer.reader.done and answer.places is None):
+        yield chunk.ids[at : at + 1], chunk.logprobs[at : at + 1], None
         at += 1
-    yield ids[at:], finish
+    yield chunk.ids[at:], chunk.logprobs[at:], chunk.finish

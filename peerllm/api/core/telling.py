@@ -30,9 +30,11 @@ from peerllm.api.core.several_answers import merged
 from peerllm.api.error_answers import FieldError, facts_of, failing_as, json_response, shape_of
 from peerllm.api.keys import TASKS
 from peerllm.api.streams import Failing, Stream
+from peerllm.api.text.calls.answer_parts import ToldToken
 from peerllm.errors import EngineError
 
 MAX_WHOLE_CHARS = 64 << 20  # of answers in one piece
+_TOLD_CHARS = 64  # of a token and its log probability, about
 
 Piece = tuple[object, str | None]  # one event's object (bytes: as they are), and its id
 
@@ -64,6 +66,7 @@ class WholeAnswer:
     text: str
     calls: list[WholeCall]
     ids: list[int]
+    logprobs: list[ToldToken]
     thought_tokens: int
 
 
@@ -146,6 +149,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     calls: list[list[WholeCall]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
     thinking = [0] * count  # tokens
+    logprobs: list[list[ToldToken]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
         match event:
@@ -155,7 +159,8 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
                 (thoughts if event.thought else texts)[choice].append(event.text)
                 thinking[choice] += len(event.ids) if event.thought else 0
                 ids[choice] += event.ids
-                size += len(event.text)
+                logprobs[choice] += event.logprobs
+                size += len(event.text) + sum(_TOLD_CHARS * (1 + len(one.likeliest)) for one in event.logprobs)
             case ToolCallBegins():
                 calls[choice].append(WholeCall(event.id, event.name))
                 ids[choice] += event.ids
@@ -174,5 +179,6 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     parts = zip(thoughts, texts, strict=True)
     whole = [("".join(thought), "".join(text)) for thought, text in parts]
     return [
-        WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one], thinking[one]) for one in range(count)
+        WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one], logprobs[one], thinking[one])
+        for one in range(count)
     ]

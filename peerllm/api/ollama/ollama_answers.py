@@ -18,7 +18,10 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
-from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.error_answers import ErrorFacts, ErrorMore
+from peerllm.api.ollama.ollama_objects import OllamaCall, OllamaCounts
+from peerllm.api.text.calls.answer_parts import ToldToken
+from peerllm.api.text.tokens.logprob_objects import logprob_objects
 
 _NS = 1e9  # nanoseconds of a second
 
@@ -41,7 +44,7 @@ class OllamaAnswers:
         told = [(one, _told(one)) for one in answer.calls]
         text = answer.text + "".join(_as_text(one) for one, call in told if call is None)
         calls = [call for _, call in told if call is not None]
-        return self._last(text, answer.thought, answer.ends, calls)
+        return {**self._last(text, answer.thought, answer.ends, calls), **_logprobs(answer.logprobs)}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
         if self._call is not None and not isinstance(event, ToolCallDelta | AnswerWaits):
@@ -56,7 +59,7 @@ class OllamaAnswers:
                     self._call.arguments += event.arguments
             case TextDelta():
                 texts = ("", event.text) if event.thought else (event.text, "")
-                yield self._line(*texts, False), None
+                yield {**self._line(*texts, False), **_logprobs(event.logprobs)}, None
             case AnswerEnds():
                 yield self._last("", "", event), None
             case AnswerWaits() | AnswerBegins():
@@ -69,7 +72,7 @@ class OllamaAnswers:
         """The answer to a request that says nothing: the model can answer, or ("unload") is not loaded any more."""
         return {**self._line("", "", True), "done_reason": reason}
 
-    def _line(self, text: str, thought: str, done: bool, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _line(self, text: str, thought: str, done: bool, calls: Sequence[OllamaCall] = ()) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": text} if self._chat else {"response": text}
         if thought:
             said["thinking"] = thought
@@ -78,10 +81,9 @@ class OllamaAnswers:
         told = {"message": said} if self._chat else said
         return {"model": self._model, "created_at": stamp(time.time()), **told, "done": done}
 
-    def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[OllamaCall] = ()) -> dict[str, Any]:
         whole, usage, timings = time.monotonic() - self._since, ends.usage, ends.timings
-        return {
-            **self._line(text, thought, True, calls),
+        counts: OllamaCounts = {
             "done_reason": ends.reason,
             "total_duration": int(whole * _NS),
             "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),
@@ -90,9 +92,15 @@ class OllamaAnswers:
             "eval_count": usage.answer_tokens,
             "eval_duration": int(timings.answer_s * _NS),
         }
+        return {**self._line(text, thought, True, calls), **counts}
 
 
-def _told(call: WholeCall) -> dict[str, Any] | None:
+def _logprobs(tokens: Sequence[ToldToken]) -> dict[str, Any]:
+    """What a line has of them, if they are told."""
+    return {"logprobs": logprob_objects(tokens)} if tokens else {}
+
+
+def _told(call: WholeCall) -> OllamaCall | None:
     given = call.given()
     return None if given is None else {"id": call.id, "function": {"name": call.name, "arguments": given}}
 
@@ -106,6 +114,10 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def ollama_error(facts: ErrorFacts) -> dict[str, Any]:
+class OllamaError(ErrorMore):
+    error: str
+
+
+def ollama_error(facts: ErrorFacts) -> OllamaError:
     """{"error": one line}, with what is ours beside it."""
     return {"error": facts.message, **facts.more}

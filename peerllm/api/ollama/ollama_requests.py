@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
     MAX_STOPS,
+    MAX_TOKENS,
     MAX_TOOLS,
     AnswerForm,
     AnySeed,
@@ -27,6 +28,7 @@ from peerllm.api.core.generation import (
     Temperature,
     ToolName,
     TopK,
+    TopLogprobs,
     TopP,
     checked,
     seed_of,
@@ -74,6 +76,8 @@ class OllamaFields(Struct, kw_only=True):
     keep_alive: KeepAlive = None
     format: Format = None
     think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None  # without `logprobs` without effect, as there
 
     @property
     def streamed(self) -> bool:
@@ -86,11 +90,12 @@ class OllamaFields(Struct, kw_only=True):
         most, stop = options.num_predict or 0, options.stop
         return {
             "model": self.model,
-            "max_tokens": most if most > 0 else None,
+            "max_tokens": min(most, MAX_TOKENS) if most > 0 else None,
             "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             "keep_alive_s": seconds_of(options.keep_alive if self.keep_alive is None else self.keep_alive),
         }
 

@@ -17,17 +17,18 @@ from peerllm.api.core.generation import (
     OfferedTool,
     TokenCount,
     ToolName,
+    TopLogprobs,
     checked,
 )
 from peerllm.api.error_answers import FieldError
-from peerllm.api.openai.openai_fields import NAMES, Flag, OpenAIFields, copies
+from peerllm.api.openai.openai_fields import NAMES, Flag, NoList, NoObject, OpenAIFields, copies
 
 MAX_PARTS = 1024  # of one message's content
 FormatKind = Literal["text", "json_object", "json_schema", "regex", "lark"]
 
 
 class ContentPart(Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
     text: str | None = None
 
 
@@ -137,12 +138,12 @@ class ChatBody(OpenAIFields, kw_only=True):
     tool_choice: str | ChosenTool | None = None
     response_format: FormatBody | None = None
     logprobs: Flag = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    functions: list[Any] | None = None
-    audio: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
-    web_search_options: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    top_logprobs: TopLogprobs | None = None
+    functions: NoList | None = None
+    audio: NoObject | None = None
+    prediction: NoObject | None = None
+    web_search_options: NoObject | None = None
+    modalities: Annotated[list[str], Meta(extra_json_schema={"const": ["text"]})] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSwitches | None = None
 
@@ -157,6 +158,8 @@ class ChatBody(OpenAIFields, kw_only=True):
         for name in ("functions", "audio", "prediction", "web_search_options"):
             if getattr(self, name):
                 raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs: logprobs must be true, too", "top_logprobs")
         if self.modalities not in (None, ["text"]):
             raise FieldError("modalities: only text is supported", "modalities", "unsupported_parameter")
         choice = self.tool_choice
@@ -171,7 +174,7 @@ class ChatBody(OpenAIFields, kw_only=True):
             parallel_calls=self.parallel_tool_calls is not False,
             answer_form=self.response_format.form() if self.response_format is not None else None,
             reasoning=self.reasoning(),
-            logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             user=self.user or "",
         )
         return copies(checked(wanted, NAMES), self.n or 1)

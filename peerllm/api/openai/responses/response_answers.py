@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from peerllm.api.core.answer_events import (
     AnswerBegins,
@@ -19,9 +19,18 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
-from peerllm.api.error_answers import ErrorFacts, household_error
+from peerllm.api.error_answers import ErrorFacts, HouseholdError, household_error
+from peerllm.api.openai.responses.response_objects import (
+    ItemStatus,
+    ResponseObject,
+    ResponsePart,
+    ResponseUsage,
+    ToldItem,
+    ToldRequest,
+)
 from peerllm.api.openai.responses.response_requests import NAMES
 from peerllm.api.streams import SSE, comment
+from peerllm.api.text.tokens.logprob_objects import TokenLogprob, logprob_objects
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -35,18 +44,18 @@ class TextKind:
     index: str
     part_event: str
     text_event: str
-    part: Mapping[str, Any]
-    delta: Mapping[str, Any]  # what every event about its text has besides
+    part: ResponsePart
+    logprobs: bool  # whether they are told of it
 
 
 _SAID = TextKind(
     "msg", "content", "content_index", "response.content_part", "response.output_text",
-    {"type": "output_text", "text": "", "annotations": [], "logprobs": []}, {"logprobs": []},
+    {"type": "output_text", "text": "", "annotations": [], "logprobs": []}, True,
 )  # fmt: skip
 # Of the events that tell thoughts, OpenAI and the specification have only those of summaries in common.
 _THOUGHT = TextKind(
     "rs", "summary", "summary_index", "response.reasoning_summary_part", "response.reasoning_summary_text",
-    {"type": "summary_text", "text": ""}, {},
+    {"type": "summary_text", "text": ""}, False,
 )  # fmt: skip
 _EMPTY: Mapping[str, Mapping[str, Any]] = {
     "msg": {"type": "message", "role": "assistant", "content": []},
@@ -63,21 +72,23 @@ class ResponseAnswers:
     content_type = SSE
     named = True
 
-    def __init__(self, told: Mapping[str, Any], keep: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, told: ToldRequest, keep: Callable[[ResponseObject], None]) -> None:
         self._told, self._keep = told, keep
         self._begins: AnswerBegins | None = None
         self._number = 0  # of events
-        self._output: list[dict[str, Any]] = []  # items that are over, and the open one
+        self._output: list[ToldItem] = []  # items that are over, and the open one
         self._open: TextKind | WholeCall | None = None
         self._pieces: list[str] = []  # of the open item's text
+        self._logprobs: list[TokenLogprob] = []  # of it
         self._thought_tokens = 0
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
         self._begins, self._thought_tokens = answer.begins, answer.thought_tokens
-        for text, thought in ((answer.thought, True), (answer.text, False)):
-            if text:
-                self._take(TextDelta(text, (), 0, thought))
+        if answer.thought:
+            self._take(TextDelta(answer.thought, (), 0, True))
+        if answer.text:
+            self._take(TextDelta(answer.text, (), 0, logprobs=tuple(answer.logprobs)))
         for index, call in enumerate(answer.calls):
             self._take(ToolCallBegins(index, call.id, call.name, (), 0))
             self._take(ToolCallDelta(index, call.arguments, (), 0))
@@ -112,18 +123,19 @@ class ResponseAnswers:
     def failing(self, facts: ErrorFacts) -> Iterator[object]:
         """The last words of a stream that breaks off."""
         error = responses_error(facts)["error"]
-        flat = {name: error[name] for name in ("code", "message", "param")}
+        flat = {"code": error["code"], "message": error["message"], "param": error["param"]}
         yield self._event("error", **flat, error=error)
         if self._begins is not None:
             code = "rate_limit_exceeded" if facts.status == 429 else "server_error"
-            failed = {**self._response("failed", None), "error": {"code": code, "message": facts.message}}
+            failed = self._response("failed", None)
+            failed["error"] = {"code": code, "message": facts.message}
             yield self._event("response.failed", response=failed)
         yield _DONE
 
     def _items(self, event: TextDelta | ToolCallBegins | ToolCallDelta | AnswerEnds) -> Iterator[dict[str, Any]]:
         match event:
             case TextDelta():
-                yield from self._text(_THOUGHT if event.thought else _SAID, event.text)
+                yield from self._text(_THOUGHT if event.thought else _SAID, event.text, logprob_objects(event.logprobs))
             case ToolCallBegins():
                 yield from self._close("completed")
                 self._open = WholeCall(event.id, event.name)
@@ -139,24 +151,27 @@ class ResponseAnswers:
                     yield from self._text(_SAID, "")
                     yield from self._close("incomplete" if cut else "completed")
 
-    def _text(self, kind: TextKind, text: str) -> Iterator[dict[str, Any]]:
+    def _text(self, kind: TextKind, text: str, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[dict[str, Any]]:
         if self._open is not kind:
             yield from self._close("completed")
             self._open = kind
-            yield self._added({"id": self._item_id(kind.prefix), **_EMPTY[kind.prefix], "status": "in_progress"})
+            item = {"id": self._item_id(kind.prefix), **_EMPTY[kind.prefix], "status": "in_progress"}
+            yield self._added(cast("ToldItem", item))
             yield self._of_item(f"{kind.part_event}.added", kind, part=kind.part)
         if text:
             self._pieces.append(text)
-            yield self._of_item(f"{kind.text_event}.delta", kind, delta=text, **kind.delta)
+            self._logprobs += logprobs
+            yield self._of_item(f"{kind.text_event}.delta", kind, delta=text, **_logprobs(kind, logprobs))
 
-    def _close(self, status: str) -> Iterator[dict[str, Any]]:
+    def _close(self, status: ItemStatus) -> Iterator[dict[str, Any]]:
         """The open item is over; a call whose arguments are whole is complete however the answer ends."""
-        text, open_item = "".join(self._pieces), self._open
-        self._pieces, self._open = [], None
+        text, logprobs, open_item = "".join(self._pieces), self._logprobs, self._open
+        self._pieces, self._logprobs, self._open = [], [], None
         if isinstance(open_item, TextKind):
-            part = {**open_item.part, "text": text}
-            self._output[-1] |= {open_item.parts: [part], "status": status}
-            yield self._of_item(f"{open_item.text_event}.done", open_item, text=text, **open_item.delta)
+            told = _logprobs(open_item, logprobs)
+            part = {**open_item.part, "text": text, **told}
+            self._output[-1] = cast("ToldItem", {**self._output[-1], open_item.parts: [part], "status": status})
+            yield self._of_item(f"{open_item.text_event}.done", open_item, text=text, **told)
             yield self._of_item(f"{open_item.part_event}.done", open_item, part=part)
         elif open_item is not None:
             open_item.arguments = text
@@ -168,7 +183,7 @@ class ResponseAnswers:
             return
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=self._output[-1])
 
-    def _added(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _added(self, item: ToldItem) -> dict[str, Any]:
         self._output.append(item)
         return self._event("response.output_item.added", output_index=len(self._output) - 1, item=item)
 
@@ -185,14 +200,19 @@ class ResponseAnswers:
         assert self._begins is not None
         return f"{prefix}_{self._begins.id}_{len(self._output)}"
 
-    def _ended(self, ends: AnswerEnds) -> dict[str, Any]:
+    def _ended(self, ends: AnswerEnds) -> ResponseObject:
         cut = ends.reason == "length"
         found = self._response("incomplete" if cut else "completed", _usage(ends.usage, self._thought_tokens))
-        found |= {"incomplete_details": {"reason": "max_output_tokens"}} if cut else {"completed_at": int(time.time())}
+        if cut:
+            found["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            found["completed_at"] = int(time.time())
         self._keep(found)
         return found
 
-    def _response(self, status: str, usage: dict[str, Any] | None) -> dict[str, Any]:
+    def _response(
+        self, status: Literal["in_progress", "completed", "incomplete", "failed"], usage: ResponseUsage | None
+    ) -> ResponseObject:
         begins = self._begins
         assert begins is not None
         return {
@@ -212,19 +232,29 @@ class ResponseAnswers:
         }
 
 
-def responses_error(facts: ErrorFacts) -> dict[str, Any]:
+def responses_error(facts: ErrorFacts) -> HouseholdError:
     """OpenAI's, with the names that fields have here."""
     found = household_error(facts)
     found["error"]["param"] = NAMES.get(facts.param or "", facts.param)
     return found
 
 
-def _call(item_id: str, call: WholeCall, status: str) -> dict[str, Any]:
-    head = {"id": item_id, "type": "function_call", "status": status, "call_id": call.id}
-    return {**head, "name": call.name, "arguments": call.arguments}
+def _call(item_id: str, call: WholeCall, status: ItemStatus) -> ToldItem:
+    return {
+        "id": item_id,
+        "type": "function_call",
+        "status": status,
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+    }
 
 
-def _usage(usage: Usage, thought_tokens: int) -> dict[str, Any]:
+def _logprobs(kind: TextKind, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {"logprobs": list(logprobs)} if kind.logprobs else {}
+
+
+def _usage(usage: Usage, thought_tokens: int) -> ResponseUsage:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.reused_tokens, "cache_write_tokens": 0},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -11,13 +11,15 @@ from msgspec.structs import replace
 from peerllm.api.core.generation import CalledTool, ChatMessage
 from peerllm.api.error_answers import FieldError
 from peerllm.api.openai.chat_requests import MAX_PARTS, arguments_of
+from peerllm.api.openai.responses.response_objects import ResponsePart, ToldItem
 
 REFERENCE = "item_reference"
+_KINDS = ["message", "function_call", "function_call_output", "reasoning", REFERENCE]
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
 class ItemPart(Struct, omit_defaults=True):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": [*_TEXTS, "refusal"]})]
     text: str | None = None
     refusal: str | None = None
 
@@ -28,7 +30,7 @@ Parts = Annotated[list[ItemPart], Meta(max_length=MAX_PARTS)]
 class ResponseItem(Struct, omit_defaults=True):
     """One of several kinds: a message, a call of a tool, what came of one, or what the model thought."""
 
-    type: str | None = None
+    type: Annotated[str, Meta(extra_json_schema={"enum": _KINDS})] | None = None
     id: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | Parts | None = None
@@ -43,21 +45,23 @@ class ResponseItem(Struct, omit_defaults=True):
         """Of messages the type may be left out."""
         return self.type or ("message" if self.role is not None else "")
 
-    def told(self) -> dict[str, Any]:
-        """As clients list it."""
-        found: dict[str, Any] = {"id": self.id, "type": self.kind, "status": "completed"}
-        if self.kind == "message":
-            kind = "output_text" if self.role == "assistant" else "input_text"
-            part: dict[str, Any] = {"type": kind, "text": _text(self.content, "content")}
-            if self.role == "assistant":
-                part |= {"annotations": []}
-            return {**found, "role": self.role, "content": [part]}
-        if self.kind == "function_call":
-            return {**found, "call_id": self.call_id, "name": self.name, "arguments": self.arguments}
-        if self.kind == "function_call_output":
-            return {**found, "call_id": self.call_id, "output": _text(self.output, "output")}
-        summary = [{"type": "summary_text", "text": part.text or ""} for part in self.summary or ()]
-        return {**found, "summary": summary}
+    def told(self) -> ToldItem:
+        """As clients list it, where it has an id and messages_of takes it."""
+        found: ToldItem = {"id": self.id or "", "type": "message", "status": "completed"}
+        if self.kind == "message" and self.role is not None:
+            found["role"], text = self.role, _text(self.content, "content")
+            said: ResponsePart = {"type": "output_text", "text": text, "annotations": []}
+            found["content"] = [said if self.role == "assistant" else {"type": "input_text", "text": text}]
+        elif self.kind == "function_call":
+            found["type"] = "function_call"
+            found["call_id"], found["name"], found["arguments"] = self.call_id, self.name, self.arguments
+        elif self.kind == "function_call_output":
+            found["type"], found["call_id"] = "function_call_output", self.call_id
+            found["output"] = _text(self.output, "output")
+        else:
+            found["type"] = "reasoning"
+            found["summary"] = [{"type": "summary_text", "text": part.text or ""} for part in self.summary or ()]
+        return found
 
 
 def messages_of(items: Sequence[ResponseItem], earlier: int) -> list[ChatMessage]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 import orjson
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -20,12 +19,14 @@ from peerllm.api.core.generation import (
     OfferedTool,
     TokenCount,
     ToolName,
+    TopLogprobs,
     checked,
 )
 from peerllm.api.error_answers import FieldError
 from peerllm.api.openai.chat_requests import FormatKind, form_of
 from peerllm.api.openai.openai_fields import Flag, SampledFields
 from peerllm.api.openai.responses.response_items import ResponseItem, messages_of
+from peerllm.api.openai.responses.response_objects import ToldRequest, ToldText, ToldTool
 
 # What /v1/responses calls a Generation's fields, and what errors of other devices call those of a chat.
 NAMES: Mapping[str, str] = {
@@ -38,11 +39,12 @@ NAMES: Mapping[str, str] = {
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16
 _ELSEWHERE = "conversation", "prompt", "background"  # what needs more than a model
+_Unused = Annotated[Any, Meta(extra_json_schema={"type": "null"})]
 Identifier = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 
 
 class ResponseTool(Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"const": "function"})]
     name: ToolName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -64,7 +66,7 @@ class AllowedTool(Struct):
 class ResponseToolChoice(Struct):
     """A function, or several of which the model may (or, with `mode` "required", must) choose."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["function", "allowed_tools"]})]
     name: str = ""
     mode: Literal["auto", "required", "none"] = "auto"
     tools: Annotated[list[AllowedTool], Meta(max_length=MAX_TOOLS)] = []
@@ -121,7 +123,7 @@ class ResponseBody(SampledFields, kw_only=True):
     parallel_tool_calls: Flag = None
     text: ResponseText | None = None
     reasoning: ReasoningBody | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     include: list[str] | None = None
     metadata: (
         Annotated[
@@ -133,9 +135,9 @@ class ResponseBody(SampledFields, kw_only=True):
     store: Flag = None
     safety_identifier: Identifier | None = None
     prompt_cache_key: Identifier | None = None
-    conversation: Any = None
-    prompt: Any = None
-    background: Flag = None
+    conversation: _Unused = None
+    prompt: _Unused = None
+    background: Annotated[bool, Meta(extra_json_schema={"const": False})] | None = None
 
     def items(self) -> list[ResponseItem]:
         """What the request itself says."""
@@ -184,7 +186,7 @@ class ResponseBody(SampledFields, kw_only=True):
             raise FieldError(f"input: more than {MAX_MESSAGES} messages, earlier ones included", "input")
         return tuple(messages)
 
-    def told(self) -> dict[str, Any]:
+    def told(self) -> ToldRequest:
         """What every response tells again of its request; FieldError if that cannot be told."""
         text = self.text or ResponseText()
         kept = text.format or TextFormat()
@@ -195,7 +197,19 @@ class ResponseBody(SampledFields, kw_only=True):
         elif kept.grammar:
             form["grammar"] = kept.grammar
         reasoning = self.reasoning or ReasoningBody()
-        tools = [msgspec.to_builtins(one) | {"strict": bool(one.strict)} for one in self.tools or ()]
+        tools: list[ToldTool] = [
+            {
+                "type": "function",
+                "name": one.name or "",
+                "description": one.description,
+                "parameters": one.parameters,
+                "strict": bool(one.strict),
+            }
+            for one in self.tools or ()
+        ]
+        said: ToldText = {"format": form}
+        if text.verbosity:
+            said["verbosity"] = text.verbosity
         for name, value in (("text.format", form), ("tools", tools)):
             try:
                 orjson.dumps([[[value]]])
@@ -209,7 +223,7 @@ class ResponseBody(SampledFields, kw_only=True):
             "tools": tools,
             "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls is not False,
-            "text": {"format": form, **({"verbosity": text.verbosity} if text.verbosity else {})},
+            "text": said,
             "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,

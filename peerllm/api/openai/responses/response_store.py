@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -14,6 +13,7 @@ from msgspec.structs import replace
 
 from peerllm.api.error_answers import FieldError
 from peerllm.api.openai.responses.response_items import REFERENCE, ResponseItem
+from peerllm.api.openai.responses.response_objects import ResponseObject
 
 KEPT_S = 24 * 3600.0  # seconds that a response is kept
 MAX_RESPONSES = 2048  # of all clients
@@ -60,9 +60,9 @@ class ResponseStore:
         self._clock = clock
         self._stored: dict[str, StoredResponse] = {}  # by id, the oldest first
 
-    def keep(self, client: str, response: dict[str, Any], said: Sequence[ResponseItem]) -> None:
+    def keep(self, client: str, response: ResponseObject, said: Sequence[ResponseItem]) -> None:
         """One that is complete; one that was kept under its id before goes."""
-        name = str(response["id"])
+        name = response["id"]
         answer = name.partition("_")[2]
         kept_items = [replace(one, id=one.id or f"in_{answer}_i{index}") for index, one in enumerate(said)]
         self._stored.pop(name, None)
