@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import Name
 from peerllm.api.core.named_models import device_name
-from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
 from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
@@ -189,7 +189,7 @@ async def process(request: web.Request) -> ProcessFacts:
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
@@ -298,7 +298,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, LINES, household_error)
+    stream = Stream(request, LINES, failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

@@ -45,6 +45,15 @@ def by_openai(device: Device, stream: bool) -> str:
         return "".join(chunk.choices[0].delta.content or "" for chunk in made)
 
 
+def by_responses(device: Device, stream: bool) -> str:
+    with openai.OpenAI(base_url=device.url + "/v1", api_key=device.token()) as client:
+        asked: Any = {"model": "builtin", "input": STORY, "max_output_tokens": TOKENS, "temperature": 0}
+        if not stream:
+            return client.responses.create(**asked).output_text
+        events: Any = client.responses.create(**asked, stream=True)
+        return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+
 def by_ollama(device: Device, stream: bool) -> str:
     client = ollama.Client(device.url, headers={"Authorization": f"Bearer {device.token()}"})
     options = {"num_predict": TOKENS, "temperature": 0}
@@ -62,7 +71,7 @@ def by_anthropic(device: Device, stream: bool) -> str:
             return "".join(events.text_stream)
 
 
-@pytest.mark.parametrize("ask", [by_openai, by_ollama, by_anthropic])
+@pytest.mark.parametrize("ask", [by_openai, by_responses, by_ollama, by_anthropic])
 def test_each_client_gets_the_same_answer_from_each_device(demo: list[Device], ask: Any) -> None:
     wanted = by_openai(demo[0], False)
     asked = [(device, stream) for device in demo for stream in (False, True)]
