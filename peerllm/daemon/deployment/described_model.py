@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peerllm.daemon.decide.demand import check_options
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.facade import RunOptions, short_name
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.planner.cost.byte_sizes import human_bytes
 
@@ -69,4 +69,5 @@ class DescribedModel:
         self._say(f"reading {options.model}", None)
         inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
         check_options(options, inspected)
-        return inspected
+        named = replace(inspected.profile, name=short_name(options.model))  # not its directory, which may be a hash
+        return replace(inspected, profile=named)
