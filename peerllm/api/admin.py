@@ -6,16 +6,17 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from typing import Annotated, Any, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from peerllm.api.bodies import read_body
-from peerllm.api.error_answers import FieldError, household_error, json_response, refused
-from peerllm.api.guard import is_loopback
+from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.guard import ADMIN_PREFIX, is_loopback
 from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
-from peerllm.api.streams import KEEP_ALIVE_S, SSE, Stream, each, pulsed
+from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
+from peerllm.api.streams import KEEP_ALIVE_S, LINES, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
     MAX_BENCH_SEQUENCES,
     MAX_BENCH_TOKENS,
@@ -23,6 +24,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
+from peerllm.errors import PeerLLMError
 from peerllm.types import Activations, Objective, ScheduleName
 
 T = TypeVar("T")
@@ -38,10 +40,6 @@ MAX_RECORDING = 2**53  # its number
 Line = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARS)]
 MaybeLine = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)] | None
 BenchTokens = Annotated[int, Meta(ge=1, le=MAX_BENCH_TOKENS)]
-
-
-class NoFields(Struct):
-    """The body of what needs none."""
 
 
 class JoinBody(Struct):
@@ -87,27 +85,98 @@ class RunBody(ModelBody):
         return RunOptions(**said)
 
 
-async def status(request: web.Request) -> web.Response:
-    """The object of `peerllm status --json`; with ?wait=1 not before it changes, or after WAIT_S."""
+class ChangeMade(TypedDict):
+    ok: bool
+
+
+class StartedModel(ChangeMade):
+    name: str
+
+
+class Inviter(TypedDict):
+    name: str
+
+
+class Invitation(TypedDict):
+    """`hosts`: the addresses at which other devices reach this one, the likeliest first."""
+
+    code: str
+    port: int
+    hosts: list[str]
+    expires_s: int
+
+
+class ProcessFacts(TypedDict):
+    pid: int
+    tasks: int
+
+
+class ProgressLine(TypedDict):
+    """facade.RunProgress."""
+
+    state: str
+    message: str
+    devices: dict[str, float]
+
+
+class NotHereError(PeerLLMError):
+    """Only who sits at this machine is told."""
+
+    http_status = 403
+
+
+class StatusQuery(Struct):
+    wait: bool = False  # for a change, at most WAIT_S
+
+
+class ScenarioQuery(Struct):
+    model: MaybeLine = None
+
+
+def add_admin(app: web.Application) -> None:
+    """What changes the household goes on when its client hangs up."""
+    change = partial(ApiRoute, "POST", refuses=(404, 409))
+    prefix = ADMIN_PREFIX + "v1"
+    add_routes(
+        app,
+        ApiRoute("GET", f"{prefix}/status", status),
+        ApiRoute("GET", f"{prefix}/engine", engine),
+        ApiRoute("GET", f"{prefix}/process", process),
+        ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
+        ApiRoute("GET", f"{prefix}/events", events, {SSE: dict[str, Any]}, heads=False),
+        change(f"{prefix}/invite", invite),
+        change(f"{prefix}/join", join),
+        change(f"{prefix}/leave", leave),
+        change(f"{prefix}/remove", remove),
+        change(f"{prefix}/bench", bench),
+        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, dict[str, Any])}),
+        change(f"{prefix}/run", run, {LINES: (ProgressLine, StartedModel)}),
+        change(f"{prefix}/stop", stop),
+        change(f"{prefix}/trace", trace, {JSON: dict[str, Any]}),
+    )
+
+
+async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
+    """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
-    if request.query.get("wait") in {"1", "true"}:
+    if query.wait:
         with request.app[TASKS].stream(request.remote or ""):
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
-    return json_response(household.status())
+    return household.status()
 
 
-async def engine(request: web.Request) -> web.Response:
+async def engine(request: web.Request) -> dict[str, Any]:
     """What this device's engine holds now."""
-    return json_response(await request.app[HOUSEHOLD].engine())
+    return await request.app[HOUSEHOLD].engine()
 
 
-async def process(request: web.Request) -> web.Response:
-    """{"pid", "tasks"}: of this daemon, its asyncio tasks counted; for who sits at this machine."""
+async def process(request: web.Request) -> ProcessFacts:
+    """This daemon's process, its asyncio tasks counted; for who sits at this machine."""
     if not is_loopback(request.remote or ""):
-        return refused(request, 403, "this is told on the device itself only")
-    return json_response({"pid": os.getpid(), "tasks": len(asyncio.all_tasks())})
+        raise NotHereError("this is told on the device itself only")
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks())}
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -124,58 +193,54 @@ async def events(request: web.Request) -> web.StreamResponse:
     return await stream.end()
 
 
-async def invite(request: web.Request) -> web.Response:
-    """Open the pairing door: {"code", "port", "hosts", "expires_s"}."""
-    await read_body(request, NoFields)
+async def invite(request: web.Request, _: NoFields) -> Invitation:
+    """Open the pairing door."""
     code, port = await _change(request, request.app[HOUSEHOLD].invite(), "invite")
     hosts = list(request.app[HOUSEHOLD].hosts())
-    return json_response({"code": code, "port": port, "hosts": hosts, "expires_s": INVITE_S})
+    return {"code": code, "port": port, "hosts": hosts, "expires_s": INVITE_S}
 
 
-async def join(request: web.Request) -> web.Response:
-    """{"code", "at": "host:port" or null} gives {"name": the inviter's}."""
-    body = await read_body(request, JoinBody)
+async def join(request: web.Request, body: JoinBody) -> Inviter:
+    """Pair with the household behind a code."""
     joining = request.app[HOUSEHOLD].join(body.code, _address(body.at or ""))
-    return json_response({"name": await _change(request, joining, "join")})
+    return {"name": await _change(request, joining, "join")}
 
 
-async def leave(request: web.Request) -> web.Response:
-    await read_body(request, NoFields)
+async def leave(request: web.Request, _: NoFields) -> ChangeMade:
+    """Leave the household."""
     await _change(request, request.app[HOUSEHOLD].leave(), "leave")
-    return json_response({"ok": True})
+    return {"ok": True}
 
 
-async def remove(request: web.Request) -> web.Response:
-    """{"device": name or id}."""
-    device = (await read_body(request, DeviceBody)).device
-    await _change(request, request.app[HOUSEHOLD].remove(device), "remove")
-    return json_response({"ok": True})
+async def remove(request: web.Request, body: DeviceBody) -> ChangeMade:
+    """Remove a device from the household."""
+    await _change(request, request.app[HOUSEHOLD].remove(body.device), "remove")
+    return {"ok": True}
 
 
-async def stop(request: web.Request) -> web.Response:
-    """{"model": name}."""
-    model = (await read_body(request, ModelBody)).model
-    await _change(request, request.app[HOUSEHOLD].stop(model), "stop")
-    return json_response({"ok": True})
+async def stop(request: web.Request, body: ModelBody) -> ChangeMade:
+    """Stop a model."""
+    await _change(request, request.app[HOUSEHOLD].stop(body.model), "stop")
+    return {"ok": True}
 
 
-async def scenario(request: web.Request) -> web.Response:
-    """?model=NAME: what that running model was planned for and how its stages do (facade.Household.scenario)."""
-    return json_response(await request.app[HOUSEHOLD].scenario(request.query.get("model", "")[:MAX_TEXT_CHARS]))
+async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, Any]:
+    """What a running model was planned for and how its stages do (facade.Household.scenario)."""
+    return await request.app[HOUSEHOLD].scenario(query.model or "")
 
 
-async def bench(request: web.Request) -> web.Response:
-    """{"model", "sequences", "prompt_tokens", "output_tokens", "apart"}: what was measured; ends with its client."""
-    body = await read_body(request, BenchBody)
+async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:
+    """Measure how fast a model answers; ends with its client."""
     sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
     with request.app[TASKS].stream(request.remote or ""):
-        found = await request.app[HOUSEHOLD].bench(body.model, sequences, prompt, output, bool(body.apart))
-    return json_response(found)
+        return await request.app[HOUSEHOLD].bench(body.model, sequences, prompt, output, bool(body.apart))
 
 
-async def trace(request: web.Request) -> web.Response:
-    """{"model"} begins to record and gives {"recording": number}; {"model", "recording"} ends that: Chrome's trace."""
-    body = await read_body(request, TraceBody)
+async def trace(request: web.Request, body: TraceBody) -> web.Response:
+    """Begin to record what every device does for a model, which gives {"recording": number}, or end that.
+
+    With this number the answer is what was recorded, in Chrome's format.
+    """
     model, recording = body.model, body.recording
     household = request.app[HOUSEHOLD]
     if recording is None:
@@ -184,9 +249,9 @@ async def trace(request: web.Request) -> web.Response:
     return web.Response(body=found, content_type="application/json")
 
 
-async def plan(request: web.Request) -> web.StreamResponse:
-    """Lines of JSON: every RunProgress, then facade.Household.preview or {"error": ...}."""
-    options = (await read_body(request, RunBody)).options()
+async def plan(request: web.Request, body: RunBody) -> web.StreamResponse:
+    """What `run` would plan for now: what is done meanwhile, then facade.Household.preview."""
+    options = body.options()
     household = request.app[HOUSEHOLD]
 
     async def work(note: Note) -> dict[str, Any]:
@@ -195,17 +260,17 @@ async def plan(request: web.Request) -> web.StreamResponse:
     return await _lines(request, work, f"api: plan {options.model[:80]}")
 
 
-async def run(request: web.Request) -> web.StreamResponse:
-    """Lines of JSON: every RunProgress, then {"ok": true, "name": ...} or {"error": ...}.
+async def run(request: web.Request, body: RunBody) -> web.StreamResponse:
+    """Start a model: what is done meanwhile, then its name.
 
     Hanging up does not stop the loading.
     """
-    options = (await read_body(request, RunBody)).options()
+    options = body.options()
     household, expected = request.app[HOUSEHOLD], request.app[EXPECTED]
 
     expected.expect(options.model, options.name)
 
-    async def work(note: Note) -> dict[str, Any]:
+    async def work(note: Note) -> StartedModel:
         try:
             return {"ok": True, "name": await household.run(options, note)}
         finally:
@@ -215,7 +280,7 @@ async def run(request: web.Request) -> web.StreamResponse:
 
 
 async def _lines(
-    request: web.Request, work: Callable[[Note], Coroutine[Any, Any, dict[str, Any]]], name: str
+    request: web.Request, work: Callable[[Note], Coroutine[Any, Any, object]], name: str
 ) -> web.StreamResponse:
     """Tells what `work` notes, then what it gives; it goes on if the client hangs up."""
     lines: asyncio.Queue[RunProgress | None] = asyncio.Queue()
@@ -226,13 +291,17 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, "application/x-ndjson", household_error)
+    stream = Stream(request, LINES, household_error)
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))
         while (progress := await lines.get()) is not None:
-            shares = dict(progress.devices)
-            await stream.send({"state": progress.state, "message": progress.message, "devices": shares})
+            line: ProgressLine = {
+                "state": progress.state,
+                "message": progress.message,
+                "devices": dict(progress.devices),
+            }
+            await stream.send(line)
         await stream.send(task.result())
     return await stream.end()
 

@@ -69,13 +69,34 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
 
 def decoded(raw: bytes, kind: type[T]) -> T:
     """A body as `kind`; FieldError names what in it does not fit."""
+    raw = raw if raw.strip() else b"{}"
     try:
-        found: T = _decoder(cast("Hashable", kind)).decode(raw if raw.strip() else b"{}")
+        try:
+            found: T = _decoder(cast("Hashable", kind)).decode(raw)
+        except msgspec.ValidationError:
+            found = msgspec.convert(_WHOLE.decode(raw), kind)
         return found
     except msgspec.ValidationError as error:
         raise _field_error(str(error), kind) from error
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
         raise BadInputError(f"the body is not valid JSON: {error}") from error
+
+
+def read_query(request: web.Request, kind: type[T]) -> T:
+    """The query as `kind`, a msgspec.Struct; FieldError names what in it does not fit."""
+    try:
+        return msgspec.convert(dict(request.query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _field_error(str(error), kind) from error
+
+
+def _number(text: str) -> int | float:
+    """JSON does not tell 4.0 from 4, and clients that know no whole numbers send it."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+_WHOLE = msgspec.json.Decoder(float_hook=_number)
 
 
 @cache

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import orjson
 from aiohttp import web
@@ -26,7 +26,6 @@ _HTTP_LINES = {
     405: "this route does not take that method",
     413: "the body is too large",
 }
-_MORE = ("loading", "missing_bytes")  # how far a model is, and what memory it lacks
 
 
 class FieldError(BadInputError):
@@ -44,6 +43,16 @@ class UnknownModelError(FieldError):
     http_status = 404
 
 
+class ErrorMore(TypedDict, total=False):
+    """How far a model is, and what memory it lacks."""
+
+    loading: dict[str, Any]
+    missing_bytes: int
+
+
+_MORE = tuple(ErrorMore.__annotations__)
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorFacts:
     """What is told of an error, whatever the API."""
@@ -52,7 +61,7 @@ class ErrorFacts:
     message: str
     param: str | None = None
     code: str | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)  # by names of _MORE
+    more: ErrorMore = field(default_factory=ErrorMore)
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> ErrorFacts:
@@ -63,8 +72,12 @@ class ErrorFacts:
             str(told.get("message", ""))[:MAX_MESSAGE_CHARS],
             param if isinstance(param, str) else None,
             code if isinstance(code, str) else None,
-            {name: told[name] for name in _MORE if told.get(name)},
+            _more(told),
         )
+
+
+def _more(told: Mapping[str, Any]) -> ErrorMore:
+    return cast("ErrorMore", {name: told[name] for name in _MORE if told.get(name)})
 
 
 class RelayedError(PeerLLMError):
@@ -76,25 +89,51 @@ class RelayedError(PeerLLMError):
         self.retry_after = retry_after
 
 
+class ToldError(ErrorMore):
+    """An error as OpenAI's clients and other devices read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    status: int
+
+
+class HouseholdError(TypedDict):
+    error: ToldError
+
+
 ErrorShape = Callable[[ErrorFacts], Any]
 
 
-def household_error(facts: ErrorFacts) -> dict[str, Any]:
+def household_error(facts: ErrorFacts) -> HouseholdError:
     """{"error": {...}}: what OpenAI's clients read, and other devices."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "server_error")
-    told = {"message": facts.message, "type": kind, "param": facts.param, "code": facts.code, "status": facts.status}
-    return {"error": {**told, **facts.more}}
+    told: ToldError = {
+        "message": facts.message,
+        "type": kind,
+        "param": facts.param,
+        "code": facts.code,
+        "status": facts.status,
+        **facts.more,
+    }
+    return {"error": told}
 
 
 # By the beginning of the path, the longest that fits; every other route has `household_error`.
 SHAPES: web.AppKey[Mapping[str, ErrorShape]] = web.AppKey("shapes", dict)
 
 
-def shape_of(request: web.Request) -> ErrorShape:
-    """How the clients of this request's route read errors."""
-    shapes = request.app.get(SHAPES, {})
-    found = [prefix for prefix in shapes if request.path.startswith(prefix)]
+def shape_at(app: web.Application, path: str) -> ErrorShape:
+    """How the clients of a route read errors."""
+    shapes = app.get(SHAPES, {})
+    found = [prefix for prefix in shapes if path.startswith(prefix)]
     return shapes[max(found, key=len)] if found else household_error
+
+
+def shape_of(request: web.Request) -> ErrorShape:
+    """How the client of this request reads errors."""
+    return shape_at(request.app, request.path)
 
 
 def facts_of(error: PeerLLMError) -> ErrorFacts:
@@ -106,7 +145,7 @@ def facts_of(error: PeerLLMError) -> ErrorFacts:
         one_line(error, MAX_MESSAGE_CHARS),
         getattr(error, "param", None),
         getattr(error, "code", None),
-        {name: value for name in _MORE if (value := getattr(error, name, None))},
+        _more({name: getattr(error, name, None) for name in _MORE}),
     )
 
 

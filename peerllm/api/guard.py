@@ -62,6 +62,7 @@ class Call:
     headers: Mapping[str, str]
     cookies: Mapping[str, str] = field(default_factory=dict)
     query_token: str = ""
+    routed: bool = True  # a route takes this method; what none takes changes nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class Guard:
         bearer = self._bearer(call)
         if not self.loopback and not (bearer or self._signed_in(call)):
             return Refusal(401, f"this needs the device's token ({_WHERE}): Authorization: Bearer TOKEN")
-        if call.method in _READING:
+        if call.method in _READING or not call.routed:
             return None
         if call.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             return Refusal(415, "send the body as Content-Type: application/json")
@@ -146,7 +147,8 @@ def guarded(guard: Guard) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        call = Call(request.method, request.path, request.headers, request.cookies, request.query.get("token", ""))
+        token, routed = request.query.get("token", ""), request.match_info.http_exception is None
+        call = Call(request.method, request.path, request.headers, request.cookies, token, routed)
         refusal = guard.refusal(call)
         if refusal is None:
             return await handler(request)

@@ -4,29 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from aiohttp import web
+from msgspec import UNSET, Struct, UnsetType
 
-from peerllm.api.bodies import read_body
-from peerllm.api.error_answers import json_response
+from peerllm.api.guard import ADMIN_PREFIX
 from peerllm.api.keys import HOUSEHOLD
+from peerllm.api.routes.api_route import ApiRoute, NoFields, add_routes
 
 
-async def limits(request: web.Request) -> web.Response:
+class LimitsBody(Struct, forbid_unknown_fields=True):
+    """Limits to change, 0 or null for none (daemon/owner/limits_file.py has their bounds)."""
+
+    memory_bytes: int | UnsetType | None = UNSET
+    threads: int | UnsetType | None = UNSET
+    hours: tuple[int, int] | UnsetType | None = UNSET  # minutes of the day, from and to
+    battery_percent: int | UnsetType | None = UNSET
+    hot_celsius: float | UnsetType | None = UNSET
+    paused: bool | UnsetType = UNSET
+
+
+def add_owner(app: web.Application) -> None:
+    prefix = ADMIN_PREFIX + "v1"
+    add_routes(
+        app,
+        ApiRoute("GET", f"{prefix}/limits", limits),
+        ApiRoute("POST", f"{prefix}/limits", set_limits),
+        ApiRoute("POST", f"{prefix}/pause", pause),
+        ApiRoute("POST", f"{prefix}/resume", resume),
+    )
+
+
+async def limits(request: web.Request) -> dict[str, Any]:
     """All limits, and "leaving": why nothing is lent now."""
-    return json_response(request.app[HOUSEHOLD].limits())
+    return request.app[HOUSEHOLD].limits()
 
 
-async def set_limits(request: web.Request) -> web.Response:
-    """The limits to change, the others stay; gives all."""
-    changes = await read_body(request, dict[str, Any])
-    return json_response(await request.app[HOUSEHOLD].set_limits(changes))
+async def set_limits(request: web.Request, body: LimitsBody) -> dict[str, Any]:
+    """Change some limits, the others stay; gives all."""
+    return await request.app[HOUSEHOLD].set_limits(msgspec.to_builtins(body))
 
 
-async def pause(request: web.Request) -> web.Response:
-    await read_body(request, dict[str, Any])
-    return json_response(await request.app[HOUSEHOLD].set_limits({"paused": True}))
+async def pause(request: web.Request, _: NoFields) -> dict[str, Any]:
+    """Lend nothing until `resume`."""
+    return await request.app[HOUSEHOLD].set_limits({"paused": True})
 
 
-async def resume(request: web.Request) -> web.Response:
-    await read_body(request, dict[str, Any])
-    return json_response(await request.app[HOUSEHOLD].set_limits({"paused": False}))
+async def resume(request: web.Request, _: NoFields) -> dict[str, Any]:
+    """Lend again."""
+    return await request.app[HOUSEHOLD].set_limits({"paused": False})

@@ -6,9 +6,11 @@ import hashlib
 from dataclasses import dataclass
 
 from aiohttp import web
+from msgspec import Struct
 
 from peerllm.api.guard import COOKIE_AGE_S
 from peerllm.api.keys import GUARD
+from peerllm.api.routes.api_route import ApiRoute, add_routes
 from peerllm.web import STATIC_DIR
 
 CONTENT_TYPES = {
@@ -40,11 +42,29 @@ def load_files() -> dict[str, File]:
 FILES: web.AppKey[dict[str, File]] = web.AppKey("files", dict)
 
 
-async def page(request: web.Request) -> web.StreamResponse:
-    """The page; with ?token=TOKEN it also signs the browser in (the page takes the token out of the address bar)."""
+class PageQuery(Struct):
+    """`token`: the device's, which signs a browser in."""
+
+    token: str = ""
+
+
+def add_page(app: web.Application) -> None:
+    app[FILES] = load_files()
+    add_routes(
+        app,
+        ApiRoute("GET", "/", page, {CONTENT_TYPES[".html"]: str}),
+        ApiRoute("GET", "/static/{name}", static, dict.fromkeys(CONTENT_TYPES.values(), str), refuses=(404,)),
+    )
+
+
+async def page(request: web.Request, *, query: PageQuery) -> web.StreamResponse:
+    """The page; with the device's token it also signs the browser in.
+
+    The page takes the token out of the address bar.
+    """
     response = _answer(request, "index.html")
     guard = request.app[GUARD]
-    if guard.is_token(request.query.get("token", "")):
+    if guard.is_token(query.token):
         response.set_cookie(
             guard.cookie, guard.token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
             secure=request.secure,

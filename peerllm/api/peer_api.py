@@ -14,11 +14,11 @@ from peerllm.api.core.asking import answer
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import checked
 from peerllm.api.core.kept.repeat import Repeat, fingerprint
-from peerllm.api.core.remote_answer import ANSWER_PATH, LINES, RelayedGeneration
+from peerllm.api.core.remote_answer import ANSWER_PATH, RelayedGeneration
 from peerllm.api.core.telling import ending_well
 from peerllm.api.error_answers import ErrorFacts, error_response, errors_as_json, household_error, refused
 from peerllm.api.keys import TASKS
-from peerllm.api.streams import KEEP_ALIVE_S, Stream, pulsed
+from peerllm.api.streams import KEEP_ALIVE_S, LINES, Stream, pulsed
 from peerllm.errors import OverloadedError
 from peerllm.types import DeviceId
 
@@ -66,4 +66,4 @@ class PeerApi:
 
 
 def _failing(facts: ErrorFacts) -> object:
-    return msgspec.to_builtins(AnswerFails(household_error(facts)["error"]))
+    return msgspec.to_builtins(AnswerFails(dict(household_error(facts)["error"])))

@@ -12,7 +12,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api import admin, owner_routes, page
+from peerllm.api.admin import add_admin
 from peerllm.api.anthropic.anthropic_answers import anthropic_error
 from peerllm.api.anthropic.anthropic_routes import MESSAGES_PATH, add_anthropic
 from peerllm.api.bodies import MAX_BODY_BYTES
@@ -25,7 +25,11 @@ from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_routes import add_ollama
 from peerllm.api.openai.openai_routes import add_openai
+from peerllm.api.owner_routes import add_owner
+from peerllm.api.page import add_page
 from peerllm.api.peer_api import PeerApi
+from peerllm.api.routes.api_document import openapi_document
+from peerllm.api.routes.api_route import ROUTES, ApiRoute, add_routes
 from peerllm.api.tasks import Tasks
 from peerllm.api.text.text_store import TextStore
 from peerllm.api.token import load_or_create_token
@@ -61,30 +65,20 @@ def create_app(
     app[GUARD] = guard
     app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error}
     app[EXPECTED] = ExpectedModel(expected)
-    app[page.FILES] = page.load_files()
     app.on_response_prepare.append(add_security_headers)
     app[TEXTS] = TextStore(in_process)
     app[TASKS] = Tasks()
     app[ANSWERS] = AnswerStore()
+    app[ROUTES] = []
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
-    app.router.add_get("/", page.page)
-    app.router.add_get("/static/{name}", page.static)
+    add_page(app)
     add_openai(app)
     add_ollama(app)
     add_anthropic(app)
-    app.router.add_get("/peerllm/v1/status", admin.status)
-    app.router.add_get("/peerllm/v1/engine", admin.engine)
-    app.router.add_get("/peerllm/v1/process", admin.process)
-    app.router.add_get("/peerllm/v1/scenario", admin.scenario)
-    app.router.add_get("/peerllm/v1/events", admin.events, allow_head=False)
-    pairing = admin.invite, admin.join, admin.leave, admin.remove
-    for change in (*pairing, admin.bench, admin.plan, admin.run, admin.stop, admin.trace):
-        app.router.add_post(f"/peerllm/v1/{change.__name__}", change)
-    app.router.add_get("/peerllm/v1/limits", owner_routes.limits)
-    app.router.add_post("/peerllm/v1/limits", owner_routes.set_limits)
-    app.router.add_post("/peerllm/v1/pause", owner_routes.pause)
-    app.router.add_post("/peerllm/v1/resume", owner_routes.resume)
+    add_admin(app)
+    add_owner(app)
+    add_routes(app, ApiRoute("GET", "/openapi.json", openapi_document))
     return app
 
 

@@ -12,6 +12,7 @@ from aiohttp import web
 
 T = TypeVar("T")
 SSE = "text/event-stream; charset=utf-8"
+LINES = "application/x-ndjson"
 KEEP_ALIVE_S = 5.0  # seconds of silence after which a comment keeps the connection alive
 WRITE_TIMEOUT_S = 30.0  # seconds a client may leave its receive buffer full before it counts as gone
 

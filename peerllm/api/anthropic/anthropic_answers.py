@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from peerllm.api.anthropic.anthropic_objects import (
+    AnswerBlock,
+    AnswerTokens,
+    AnthropicAnswer,
+    BlockDelta,
+    BlockPart,
+    BlockStart,
+    BlockStop,
+    MessageDelta,
+    MessageHead,
+    MessageStart,
+    MessageStop,
+    MessageUsage,
+    StopReason,
+    StreamSign,
+)
 from peerllm.api.core.answer_events import (
     AnswerBegins,
     AnswerEnds,
@@ -16,7 +32,7 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
-from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.error_answers import ErrorFacts, ErrorMore
 from peerllm.api.streams import SSE, comment
 
 _TYPES = {
@@ -40,13 +56,13 @@ class AnthropicAnswers:
 
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
-        usage = {
+        usage: MessageUsage = {
             "input_tokens": answer.begins.prompt_tokens,
             "output_tokens": answer.ends.usage.answer_tokens,
             "cache_read_input_tokens": answer.ends.usage.reused_tokens,
             "cache_creation_input_tokens": 0,
         }
-        content: list[dict[str, Any]] = []
+        content: list[AnswerBlock] = []
         if answer.thought:
             content.append({"type": "thinking", "thinking": answer.thought, "signature": ""})
         cut = [one for one in answer.calls if one.given() is None]
@@ -54,65 +70,79 @@ class AnthropicAnswers:
         if text or not answer.calls:
             content.append({"type": "text", "text": text})
         for one in answer.calls:
-            if one not in cut:
-                content.append({**_tool_use(one.id, one.name), "input": one.given()})
+            if (given := one.given()) is not None:
+                content.append(_tool_use(one.id, one.name, given))
         return {**_message(answer.begins), "content": content, **_stop(answer.ends), "usage": usage}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
         match event:
             case AnswerWaits():
                 yield comment(event.note), None
-                yield {"type": "ping"}, None
+                yield StreamSign(type="ping"), None
             case AnswerBegins():
-                usage = {"input_tokens": event.prompt_tokens, "output_tokens": 0}
-                empty = {"content": list[Any](), "stop_reason": None, "stop_sequence": None}
-                yield {"type": "message_start", "message": {**_message(event), **empty, "usage": usage}}, None
+                usage: MessageUsage = {"input_tokens": event.prompt_tokens, "output_tokens": 0}
+                none: MessageStop = {"stop_reason": None, "stop_sequence": None}
+                message: AnthropicAnswer = {**_message(event), "content": [], **none, "usage": usage}
+                yield MessageStart(type="message_start", message=message), None
             case TextDelta():
-                kind = "thinking" if event.thought else "text"
-                if self._kind != kind:
-                    block: dict[str, Any] = {"type": kind, kind: "", **({"signature": ""} if event.thought else {})}
-                    yield from self._next_block(kind, block)
-                yield self._delta({"type": f"{kind}_delta", kind: event.text}), None
+                if event.thought and self._kind != "thinking":
+                    yield from self._next_block({"type": "thinking", "thinking": "", "signature": ""})
+                elif not event.thought and self._kind != "text":
+                    yield from self._next_block({"type": "text", "text": ""})
+                if event.thought:
+                    yield self._delta({"type": "thinking_delta", "thinking": event.text}), None
+                else:
+                    yield self._delta({"type": "text_delta", "text": event.text}), None
             case ToolCallBegins():
-                yield from self._next_block("tool_use", {**_tool_use(event.id, event.name), "input": {}})
+                yield from self._next_block(_tool_use(event.id, event.name, {}))
             case ToolCallDelta():
                 yield self._delta({"type": "input_json_delta", "partial_json": event.arguments}), None
             case AnswerEnds():
                 if self._kind not in ("text", "tool_use"):
-                    yield from self._next_block("text", {"type": "text", "text": ""})
-                yield {"type": "content_block_stop", "index": self._blocks - 1}, None
-                usage = {"output_tokens": event.usage.answer_tokens}
-                yield {"type": "message_delta", "delta": _stop(event), "usage": usage}, None
+                    yield from self._next_block({"type": "text", "text": ""})
+                yield BlockStop(type="content_block_stop", index=self._blocks - 1), None
+                tokens: AnswerTokens = {"output_tokens": event.usage.answer_tokens}
+                yield MessageDelta(type="message_delta", delta=_stop(event), usage=tokens), None
 
-    def _next_block(self, kind: str, empty: dict[str, Any]) -> Iterator[Piece]:
+    def _next_block(self, empty: AnswerBlock) -> Iterator[Piece]:
         if self._blocks:
-            yield {"type": "content_block_stop", "index": self._blocks - 1}, None
-        self._blocks, self._kind = self._blocks + 1, kind
-        yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": empty}, None
+            yield BlockStop(type="content_block_stop", index=self._blocks - 1), None
+        self._blocks, self._kind = self._blocks + 1, empty["type"]
+        yield BlockStart(type="content_block_start", index=self._blocks - 1, content_block=empty), None
 
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+    def _delta(self, delta: BlockPart) -> BlockDelta:
         return {"type": "content_block_delta", "index": self._blocks - 1, "delta": delta}
 
     def closing(self) -> Iterator[Piece]:
-        yield {"type": "message_stop"}, None
+        yield StreamSign(type="message_stop"), None
 
 
-def _message(begins: AnswerBegins) -> dict[str, Any]:
+def _message(begins: AnswerBegins) -> MessageHead:
     return {"id": f"msg_{begins.id}", "type": "message", "role": "assistant", "model": begins.model}
 
 
-def _tool_use(call_id: str, name: str) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call_id, "name": name}
+def _tool_use(call_id: str, name: str, given: dict[str, Any]) -> AnswerBlock:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given}
 
 
-def _stop(ends: AnswerEnds) -> dict[str, Any]:
+def _stop(ends: AnswerEnds) -> MessageStop:
     if ends.stop:
         return {"stop_reason": "stop_sequence", "stop_sequence": ends.stop}
-    reason = "max_tokens" if ends.reason == "length" else "tool_use" if ends.calls else "end_turn"
+    reason: StopReason = "max_tokens" if ends.reason == "length" else "tool_use" if ends.calls else "end_turn"
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def anthropic_error(facts: ErrorFacts) -> dict[str, Any]:
+class AnthropicErrorPart(ErrorMore):
+    type: str
+    message: str
+
+
+class AnthropicError(TypedDict):
+    type: Literal["error"]
+    error: AnthropicErrorPart
+
+
+def anthropic_error(facts: ErrorFacts) -> AnthropicError:
     """{"type": "error", "error": {"type", "message"}}, with what is ours beside them."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}

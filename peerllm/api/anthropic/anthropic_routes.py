@@ -5,18 +5,19 @@ from __future__ import annotations
 from aiohttp import web
 
 from peerllm.api.anthropic.anthropic_answers import AnthropicAnswers
+from peerllm.api.anthropic.anthropic_objects import ANSWER_EVENTS, AnthropicAnswer
 from peerllm.api.anthropic.anthropic_requests import AnthropicBody
-from peerllm.api.bodies import read_body
-from peerllm.api.core.telling import taking, tell
+from peerllm.api.core.telling import tell
+from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
+from peerllm.api.streams import SSE
 
 MESSAGES_PATH = "/v1/messages"
 
 
 def add_anthropic(app: web.Application) -> None:
-    app.router.add_post(MESSAGES_PATH, messages)
+    add_routes(app, ApiRoute("POST", MESSAGES_PATH, messages, {JSON: AnthropicAnswer, SSE: ANSWER_EVENTS}, asks=True))
 
 
-async def messages(request: web.Request) -> web.StreamResponse:
-    with taking(request):
-        body = await read_body(request, AnthropicBody)
-        return await tell(request, [body.generation()], AnthropicAnswers(), bool(body.stream))
+async def messages(request: web.Request, body: AnthropicBody) -> web.StreamResponse:
+    """The model's next message."""
+    return await tell(request, [body.generation()], AnthropicAnswers(), bool(body.stream))

@@ -22,12 +22,11 @@ from peerllm.api.core.caller import MAX_CLIENT_CHARS, Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavingError, Repeat
 from peerllm.api.error_answers import ErrorFacts, RelayedError
-from peerllm.api.streams import pulsed
+from peerllm.api.streams import LINES, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
 from peerllm.errors import LinkError, PeerLLMError
 
 ANSWER_PATH = "/answer"  # of the requests between devices
-LINES = "application/x-ndjson"
 SILENCE_S = 1.0  # seconds without a byte after which it is looked whether the answer's device is heard
 USUAL_SILENCES = 5  # in a row, while it is: it tells something every 5 s
 MAX_SILENCES = 90  # in a row: longer than membership waits for a device that is silent altogether

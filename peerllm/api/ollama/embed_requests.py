@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, unit
 from peerllm.api.core.generation import Generation, Name
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
+from peerllm.api.ollama.ollama_objects import OllamaVector, OllamaVectors
 from peerllm.api.ollama.ollama_requests import OllamaOptions
 
 _NS = 1e9  # nanoseconds of a second
@@ -46,12 +47,14 @@ class EmbedBody(EmbedFields, kw_only=True):
         given = [self.input] if isinstance(self.input, str) else self.input or []
         return [self.of(one) for one in given if one or isinstance(self.input, list)]
 
-    def answer(self, made: Vectors | None, since: float) -> dict[str, Any]:
+    def answer(self, made: Vectors | None, since: float) -> OllamaVectors:
         """Vectors of length 1."""
         vectors = [unit(vector, self.dimensions) for vector in made.vectors] if made is not None else []
         took = int((time.monotonic() - since) * _NS)
-        counts = {"prompt_eval_count": made.tokens} if made is not None else {}
-        return {"model": self.model, "embeddings": vectors, "total_duration": took, "load_duration": 0, **counts}
+        told = OllamaVectors(model=self.model, embeddings=vectors, total_duration=took, load_duration=0)
+        if made is not None:
+            told["prompt_eval_count"] = made.tokens
+        return told
 
 
 class OlderEmbedBody(EmbedFields, kw_only=True):
@@ -61,6 +64,6 @@ class OlderEmbedBody(EmbedFields, kw_only=True):
         """None where nothing is said: the model is only to be loaded."""
         return [self.of(self.prompt)] if self.prompt else []
 
-    def answer(self, made: Vectors | None, since: float) -> dict[str, Any]:
+    def answer(self, made: Vectors | None) -> OllamaVector:
         """One vector, as long as it is."""
         return {"embedding": made.vectors[0].tolist() if made is not None else []}

@@ -18,7 +18,8 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
-from peerllm.api.error_answers import ErrorFacts
+from peerllm.api.error_answers import ErrorFacts, ErrorMore
+from peerllm.api.ollama.ollama_objects import OllamaCall, OllamaCounts
 
 _NS = 1e9  # nanoseconds of a second
 
@@ -69,7 +70,7 @@ class OllamaAnswers:
         """The answer to a request that says nothing: the model can answer, or ("unload") is not loaded any more."""
         return {**self._line("", "", True), "done_reason": reason}
 
-    def _line(self, text: str, thought: str, done: bool, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _line(self, text: str, thought: str, done: bool, calls: Sequence[OllamaCall] = ()) -> dict[str, Any]:
         said: dict[str, Any] = {"role": "assistant", "content": text} if self._chat else {"response": text}
         if thought:
             said["thinking"] = thought
@@ -78,10 +79,9 @@ class OllamaAnswers:
         told = {"message": said} if self._chat else said
         return {"model": self._model, "created_at": stamp(time.time()), **told, "done": done}
 
-    def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    def _last(self, text: str, thought: str, ends: AnswerEnds, calls: Sequence[OllamaCall] = ()) -> dict[str, Any]:
         whole, usage, timings = time.monotonic() - self._since, ends.usage, ends.timings
-        return {
-            **self._line(text, thought, True, calls),
+        counts: OllamaCounts = {
             "done_reason": ends.reason,
             "total_duration": int(whole * _NS),
             "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),
@@ -90,9 +90,10 @@ class OllamaAnswers:
             "eval_count": usage.answer_tokens,
             "eval_duration": int(timings.answer_s * _NS),
         }
+        return {**self._line(text, thought, True, calls), **counts}
 
 
-def _told(call: WholeCall) -> dict[str, Any] | None:
+def _told(call: WholeCall) -> OllamaCall | None:
     given = call.given()
     return None if given is None else {"id": call.id, "function": {"name": call.name, "arguments": given}}
 
@@ -106,6 +107,10 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def ollama_error(facts: ErrorFacts) -> dict[str, Any]:
+class OllamaError(ErrorMore):
+    error: str
+
+
+def ollama_error(facts: ErrorFacts) -> OllamaError:
     """{"error": one line}, with what is ours beside it."""
     return {"error": facts.message, **facts.more}

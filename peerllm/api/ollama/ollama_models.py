@@ -13,6 +13,7 @@ from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
+from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.daemon.facade import ServedModel
 
 CPU = "cpu"  # the place of a device without an accelerator
@@ -34,13 +35,13 @@ class ShowBody(Struct):
         return name
 
 
-def tags(app: web.Application) -> dict[str, Any]:
+def tags(app: web.Application) -> OllamaModels:
     """Every model of the household."""
     facts = _deployments(app)
     return {"models": [_entry(model, facts) for model in listed_models(app)]}
 
 
-def running(app: web.Application) -> dict[str, Any]:
+def running(app: web.Application) -> LoadedModels:
     """Those that can answer now."""
     facts = _deployments(app)
     serving = {model.deployment: model for model in reversed(listed_models(app)) if model.state == "serving"}
@@ -66,7 +67,7 @@ def _accelerated(device: dict[str, Any]) -> bool:
     return place != CPU
 
 
-async def shown(app: web.Application, name: str) -> dict[str, Any]:
+async def shown(app: web.Application, name: str) -> ShownModel:
     """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
     model = find_model(app, name)
     here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
@@ -86,7 +87,7 @@ async def shown(app: web.Application, name: str) -> dict[str, Any]:
     }
 
 
-def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
     name = model.name if ":" in model.name else model.name + ANY_TAG
     told = facts.get(model.deployment, {})
     return {

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peerllm.api.core.answer_events import ToolCallBegins, ToolCallDelta
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
+from peerllm.api.openai.openai_objects import (
+    CallDelta,
+    ChatPart,
+    ChatPartDelta,
+    ChatSaid,
+    FunctionDelta,
+    OpenAICall,
+)
 
 
 class ChatAnswers(OpenAIAnswers):
@@ -16,28 +22,31 @@ class ChatAnswers(OpenAIAnswers):
     def __init__(self, body: ChatBody) -> None:
         super().__init__(body.n or 1, bool(body.return_token_ids), body.with_usage)
 
-    def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
-        """`reasoning_content` is not OpenAI's, but what other servers have."""
+    def choice(self, answer: WholeAnswer, index: int) -> ChatPart:
         text = answer.text or None if answer.calls else answer.text
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        message: ChatSaid = {"role": "assistant", "content": text, "refusal": None}
         if answer.thought:
             message["reasoning_content"] = answer.thought
         if answer.calls:
             message["tool_calls"] = [_call(one.id, one.name, one.arguments) for one in answer.calls]
         return {"message": message}
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening(self, index: int) -> ChatPartDelta:
         """Who speaks, and nothing yet."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
-        return {"delta": {"reasoning_content" if thought else "content": text} if text else {}}
+    def delta(self, text: str, thought: bool = False) -> ChatPartDelta:
+        if not text:
+            return {"delta": {}}
+        return {"delta": {"reasoning_content": text} if thought else {"content": text}}
 
-    def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
+    def call(self, event: ToolCallBegins | ToolCallDelta) -> ChatPartDelta:
         if isinstance(event, ToolCallBegins):
-            return {"delta": {"tool_calls": [{"index": event.index, **_call(event.id, event.name, "")}]}}
+            function: FunctionDelta = {"name": event.name, "arguments": ""}
+            begun: CallDelta = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"delta": {"tool_calls": [begun]}}
         return {"delta": {"tool_calls": [{"index": event.index, "function": {"arguments": event.arguments}}]}}
 
 
-def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+def _call(call_id: str, name: str, arguments: str) -> OpenAICall:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

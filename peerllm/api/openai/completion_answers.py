@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
+from peerllm.api.openai.openai_objects import TextPart
 
 
 class CompletionAnswers(OpenAIAnswers):
@@ -16,14 +15,14 @@ class CompletionAnswers(OpenAIAnswers):
         super().__init__(body.n or 1, bool(body.return_token_ids), body.with_usage)
         self._echoed = [str(one) for one in body.prompts()] if body.echo else None
 
-    def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
+    def choice(self, answer: WholeAnswer, index: int) -> TextPart:
         return {"text": self._echo(index) + answer.text}
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> TextPart | None:
         """The prompt, where it is wanted back."""
         return {"text": self._echo(index)} if self._echoed is not None else None
 
-    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> TextPart:
         return {"text": text}
 
     def _echo(self, index: int) -> str:

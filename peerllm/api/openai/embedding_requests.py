@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, unit
 from peerllm.api.core.generation import MAX_NAME_CHARS, Generation, Name
 from peerllm.api.error_answers import FieldError
+from peerllm.api.openai.openai_objects import OpenAIVectors
 
 TokenIds = Annotated[list[int], Meta(min_length=1)]
 Inputs = Annotated[list[str | TokenIds | int], Meta(min_length=1)]
@@ -37,10 +38,12 @@ class EmbeddingBody(Struct, kw_only=True):
             raise FieldError(f"input: at most {MAX_INPUTS} texts", "input")
         return [tuple(one) if isinstance(one, list) else str(one) for one in given]
 
-    def answer(self, made: Vectors) -> dict[str, Any]:
+    def answer(self, made: Vectors) -> OpenAIVectors:
         """OpenAI's list of vectors of length 1."""
         vectors = [unit(vector, self.dimensions) for vector in made.vectors]
-        coded = [as_base64(one) if self.encoding_format == "base64" else one for one in vectors]
+        coded: list[list[float] | str] = [
+            as_base64(one) if self.encoding_format == "base64" else one for one in vectors
+        ]
         return {
             "object": "list",
             "data": [{"object": "embedding", "index": place, "embedding": one} for place, one in enumerate(coded)],

@@ -18,6 +18,7 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import ALL_TOKENS, END, Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
+from peerllm.api.openai.openai_objects import AnswerHead, ChatPart, ChatPartDelta, OpenAIUsage, TextPart
 from peerllm.api.streams import SSE, comment
 
 
@@ -36,19 +37,19 @@ class OpenAIAnswers:
         self._usages: dict[int, Usage] = {}
         self._places: dict[int, Repeat] = {}
 
-    def choice(self, answer: WholeAnswer, index: int) -> dict[str, Any]:
+    def choice(self, answer: WholeAnswer, index: int) -> ChatPart | TextPart:
         """The part of a whole object that is one answer."""
         raise NotImplementedError
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> ChatPartDelta | TextPart | None:
         """What a stream's first chunk of an answer has, None if there is none."""
         raise NotImplementedError
 
-    def delta(self, text: str, thought: bool = False) -> dict[str, Any]:
+    def delta(self, text: str, thought: bool = False) -> ChatPartDelta | TextPart:
         """More text in a chunk; "" is the chunk that ends the answer."""
         raise NotImplementedError
 
-    def call(self, event: ToolCallBegins | ToolCallDelta) -> dict[str, Any]:
+    def call(self, event: ToolCallBegins | ToolCallDelta) -> ChatPartDelta:
         """A call of a tool in a chunk, or more of its arguments."""
         raise NotImplementedError
 
@@ -93,7 +94,9 @@ class OpenAIAnswers:
             yield {**self._head(self._begins, self.chunk_kind), "choices": [], "usage": self._usage()}, None
         yield b"data: [DONE]\n\n", None
 
-    def _chunk(self, index: int, part: dict[str, Any], ids: Sequence[int], reason: str | None) -> dict[str, Any]:
+    def _chunk(
+        self, index: int, part: ChatPartDelta | TextPart, ids: Sequence[int], reason: str | None
+    ) -> dict[str, Any]:
         assert self._begins is not None
         choice: dict[str, Any] = {"index": index, **part, "logprobs": None, "finish_reason": reason}
         if self._with_ids:
@@ -103,7 +106,7 @@ class OpenAIAnswers:
             found["usage"] = None
         return found
 
-    def _head(self, begins: AnswerBegins, kind: str) -> dict[str, Any]:
+    def _head(self, begins: AnswerBegins, kind: str) -> AnswerHead:
         return {
             "id": self.prefix + begins.id,
             "object": kind,
@@ -112,13 +115,17 @@ class OpenAIAnswers:
             "system_fingerprint": None,
         }
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> OpenAIUsage:
         """Each prompt counts once, however many answers there are to it."""
         prompts = [usage for index, usage in self._usages.items() if index % self._per_prompt == 0]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         said = sum(usage.answer_tokens for usage in self._usages.values())
-        counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
-        return {**counts, "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in prompts)}}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": {"cached_tokens": sum(one.reused_tokens for one in prompts)},
+        }
 
 
 def _reason(ends: AnswerEnds) -> str:

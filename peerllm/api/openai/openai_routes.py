@@ -2,62 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from aiohttp import web
 
-from peerllm.api.bodies import read_body
 from peerllm.api.core.caller import caller_of
 from peerllm.api.core.embeddings import vectors_of
 from peerllm.api.core.named_models import find_model, listed_models
-from peerllm.api.core.telling import taking, tell
-from peerllm.api.error_answers import json_response
+from peerllm.api.core.telling import tell
 from peerllm.api.openai.chat_answers import ChatAnswers
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_answers import CompletionAnswers
 from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.openai.embedding_requests import EmbeddingBody
+from peerllm.api.openai.openai_objects import (
+    ChatCompletion,
+    ChatCompletionDelta,
+    OpenAIModel,
+    OpenAIModels,
+    OpenAIVectors,
+    StreamEnd,
+    TextCompletion,
+)
+from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
+from peerllm.api.streams import SSE
 from peerllm.daemon.facade import ServedModel
 
 
 def add_openai(app: web.Application) -> None:
-    app.router.add_get("/v1/models", list_models)
-    app.router.add_get("/v1/models/{id:.+}", one_model)
-    app.router.add_post("/v1/chat/completions", chat_completions)
-    app.router.add_post("/v1/completions", completions)
-    app.router.add_post("/v1/embeddings", embeddings)
+    asked = partial(ApiRoute, "POST", asks=True)
+    add_routes(
+        app,
+        ApiRoute("GET", "/v1/models", list_models),
+        ApiRoute("GET", "/v1/models/{id:.+}", one_model, refuses=(404,)),
+        ApiRoute(
+            "POST",
+            "/v1/chat/completions",
+            chat_completions,
+            {JSON: ChatCompletion, SSE: (ChatCompletionDelta, StreamEnd)},
+            asks=True,
+        ),
+        asked("/v1/completions", completions, {JSON: TextCompletion, SSE: (TextCompletion, StreamEnd)}),
+        asked("/v1/embeddings", embeddings),
+    )
 
 
-async def chat_completions(request: web.Request) -> web.StreamResponse:
-    with taking(request):
-        body = await read_body(request, ChatBody)
-        return await tell(request, body.generations(), ChatAnswers(body), bool(body.stream))
+async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
+    """The model's answer to a chat."""
+    return await tell(request, body.generations(), ChatAnswers(body), bool(body.stream))
 
 
-async def completions(request: web.Request) -> web.StreamResponse:
-    with taking(request):
-        body = await read_body(request, CompletionBody)
-        return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
+async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
+    """How the model continues a text."""
+    return await tell(request, body.generations(), CompletionAnswers(body), bool(body.stream))
 
 
-async def embeddings(request: web.Request) -> web.Response:
-    with taking(request):
-        body = await read_body(request, EmbeddingBody)
-        return json_response(body.answer(await vectors_of(request.app, body.generations(), caller_of(request))))
+async def embeddings(request: web.Request, body: EmbeddingBody) -> OpenAIVectors:
+    """The vectors of texts."""
+    return body.answer(await vectors_of(request.app, body.generations(), caller_of(request)))
 
 
-async def list_models(request: web.Request) -> web.Response:
-    """Those that are about to be started here come last."""
-    return json_response({"object": "list", "data": [_object(model) for model in listed_models(request.app)]})
+async def list_models(request: web.Request) -> OpenAIModels:
+    """The models of the household. Those that are about to be started here come last."""
+    return {"object": "list", "data": [_object(model) for model in listed_models(request.app)]}
 
 
-async def one_model(request: web.Request) -> web.Response:
-    """One of them, 404 if there is none of that name."""
-    return json_response(_object(find_model(request.app, request.match_info["id"])))
+async def one_model(request: web.Request) -> OpenAIModel:
+    """A model of the household."""
+    return _object(find_model(request.app, request.match_info["id"]))
 
 
-def _object(model: ServedModel) -> dict[str, Any]:
-    """OpenAI's model object, with what is ours beside it."""
+def _object(model: ServedModel) -> OpenAIModel:
     return {
         "id": model.name,
         "object": "model",

@@ -66,7 +66,7 @@ def test_what_cannot_be_inflated_is_refused(data: bytes) -> None:
 
 def test_only_the_head_takes_masks_in() -> None:
     data = encode(framed(b"\1"))
-    for limits in (stage_limits(HEAD, 8), replace(source_limits(HEAD), stage=2)):
+    for limits in (stage_limits(HEAD, 8), replace(source_limits(HEAD, 8), stage=2)):
         with pytest.raises(FrameError, match="kind"):
             decode(data, limits)
     for other in (replace(framed(b"\1"), epoch=2), replace(framed(b"\1"), stage=1)):

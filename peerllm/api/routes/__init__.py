@@ -1,0 +1,1 @@
+"""Routes as they are registered and described: one declaration for both."""
