@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
+    MAX_STOP_CHARS,
     MAX_STOPS,
     MAX_TOOLS,
     AnswerForm,
@@ -23,7 +24,6 @@ from peerllm.api.core.generation import (
     PresencePenalty,
     RepetitionPenalty,
     SamplingOptions,
-    StopString,
     Temperature,
     ToolName,
     TopK,
@@ -36,6 +36,7 @@ from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
 
 NAMES: Mapping[str, str] = {"answer_form": "format"}
 Format = str | dict[str, Any] | None
+OllamaStop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]  # n8n sends "" where a field is left empty
 
 
 class OllamaOptions(Struct, kw_only=True):
@@ -50,7 +51,7 @@ class OllamaOptions(Struct, kw_only=True):
     frequency_penalty: FrequencyPenalty | None = None
     seed: AnySeed | None = None
     num_predict: int | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stop: OllamaStop | Annotated[list[OllamaStop], Meta(max_length=MAX_STOPS)] | None = None
     keep_alive: KeepAlive = None  # here, and the next, n8n has them
     format: Format = None
 
@@ -87,7 +88,7 @@ class OllamaFields(Struct, kw_only=True):
         return {
             "model": self.model,
             "max_tokens": most if most > 0 else None,
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            "stops": tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,
