@@ -456,6 +456,7 @@ class AnswerGrew:
     start: int
     ids: tuple[int, ...]
     over: bool = False
+    logprobs: tuple[bytes, ...] = ()  # of each id, if the answer is asked for them
 
 
 Control = (

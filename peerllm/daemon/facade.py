@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from peerllm.engine.messages import Constraint, FinishReason
+from peerllm.logprobs import ENTRY_BYTES
 from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
@@ -110,6 +111,8 @@ class GenerateRequest:
     constraint: Constraint | None = None  # what the answer's text must be
     pool: Pooling | None = None  # there is no answer: the last chunk has the prompt's hidden states as one vector
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good, None: as usual
+    logprobs: int | None = None  # with each token come its log probability and those of so many likeliest ones
+    known_logprobs: Sequence[bytes] = ()  # of the ids in `answer`, if they are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,13 @@ class InheritedAnswer:
     client: str
     kept: str
     ids: Sequence[int]  # so far
+    logprobs: Sequence[bytes] = ()  # of each of them, if they were asked for; all of one length
+
+    @property
+    def size(self) -> int:
+        """Of all its ids, and of those that its log probabilities name."""
+        named = len(self.logprobs[0]) // ENTRY_BYTES if self.logprobs else 0
+        return len(self.prompt) + len(self.ids) * (1 + named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,7 @@ class Chunk:
     queued: int = 0
     reused: int = 0  # tokens of the prompt that were computed for an earlier sequence of this client
     vector: tuple[float, ...] = ()  # of a request with `pool`, float32
+    logprobs: tuple[bytes, ...] = ()  # of each id, of a request for them; see logprobs.unpacked
 
 
 class Household(Protocol):

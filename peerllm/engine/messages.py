@@ -238,6 +238,7 @@ class Submit:
     answer: tuple[int, ...] = ()  # ids of the answer that are known already: it goes on after them
     constraint: Constraint | None = None
     pool: Pooling | None = None  # there is no answer: the prompt's hidden states become one vector
+    logprobs: int | None = None  # with each token come its log probability and those of so many likeliest ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +385,7 @@ class Tokens:
     error: str = ""
     reused: int = 0  # only with `start` 0: how many tokens of the prompt the slot held already
     vector: tuple[float, ...] = ()  # what was asked for in place of tokens, float32; ends the sequence
+    logprobs: tuple[bytes, ...] = ()  # of each id, if they were asked for; see logprobs.unpacked
 
 
 @dataclass(frozen=True, slots=True)

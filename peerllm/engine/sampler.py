@@ -6,6 +6,7 @@ tokens, since the head may be on another device than the source, and only the so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
@@ -14,9 +15,11 @@ import numpy.typing as npt
 
 from peerllm.engine.base import Draw
 from peerllm.errors import EngineError
+from peerllm.logprobs import packed
 from peerllm.types import Sampling
 
 Floats = npt.NDArray[np.float64]
+LEAST = float(np.finfo(np.float32).min)  # the logarithm of no probability at all
 SORTED_AT_FIRST = 1024  # the likeliest tokens, sorted first; the whole vocabulary is sorted only if they do not suffice
 
 
@@ -52,6 +55,20 @@ def pick(row: npt.NDArray[np.float32], draw: Draw) -> int:
         even = (scores - scores.max()) / sampling.temperature
         picked = _draw(even, sampling, uniform(sampling.seed, draw.position))
     return picked if allowed is None else int(allowed[picked])
+
+
+def token_logprobs(row: npt.NDArray[np.float32], token: int, count: int) -> bytes:
+    """Of a token that was drawn and of the `count` likeliest, falling, equals by id: see logprobs.packed.
+
+    They are the model's own: of its logits as they are, before penalties, mask and temperature.
+    """
+    with np.errstate(over="ignore"):  # to minus infinity, which counts for nothing
+        even = row - row.max()
+    whole = math.log(np.exp(even).sum(dtype=np.float64))
+    count = min(count, len(row))
+    likeliest = np.flatnonzero(even >= np.partition(even, -count)[-count]) if count else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-even[likeliest], kind="stable")][:count]
+    return packed((int(one), max(float(even[one]) - whole, LEAST)) for one in (token, *likeliest))
 
 
 def allowed_ids(mask: bytes, vocabulary: int) -> npt.NDArray[np.int64]:

@@ -27,9 +27,12 @@ from peerllm.daemon.facade import (
 )
 from peerllm.daemon.owner.limits_file import changed
 from peerllm.errors import BadInputError, InfeasibleError, LinkError, NotFoundError, PairingError, RefusedError
+from peerllm.logprobs import packed
 
 DEPLOYMENT = "d" * 32
 CONTEXT = 256
+LONG = (*range(0x1000, 0xD001, 0x1000), 0xE000, 0xF000)  # characters of three bytes, one for each first byte
+LONGEST = range(0x10000, 0x110000, 0x10000)  # ... and of four
 END = 256  # id of <|end|>
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
@@ -112,6 +115,12 @@ SCENARIO: dict[str, Any] = {
 }
 
 
+def chances(token: int, place: int, asked: int | None) -> tuple[bytes, ...]:
+    """Of the token at this place of an answer: the next ids are likelier."""
+    others = [((token + 1 + at) % (END + 1), -(at + 1) / 8) for at in range(asked or 0)]
+    return () if asked is None else (packed([(token, -(place + 1) / 16), *others]),)
+
+
 class FakeHousehold:
     """Says `reply` byte by byte; every way of failing can be switched on."""
 
@@ -129,6 +138,7 @@ class FakeHousehold:
             stop_ids=(END,),
         )
         self.served = [self.model]
+        self.token_bytes: dict[int, int] = {}
         self.reply = "Hello, wörld 🏡!"
         self.endless = False
         self.pace_s = 0.0  # between two tokens; all of an answer that ends come at once where it is 0
@@ -209,6 +219,16 @@ class FakeHousehold:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token of `byte_tokenizer` stands for."""
+        if not self.token_bytes:
+            text = "".join(map(chr, (*range(0x801), *LONG, *LONGEST)))
+            self.token_bytes = dict(zip(self.ids(text), text.encode(), strict=True))
+        if token == END:
+            return b"<|end|>"
+        known = self.token_bytes.get(token)
+        return bytes([ord(self.tokenizer.id_to_token(token)) if known is None else known])  # some are in no text
+
     @asynccontextmanager
     async def relay(
         self, source: str, path: str, headers: Mapping[str, str], body: bytes
@@ -272,14 +292,18 @@ class FakeHousehold:
                 if index == request.max_tokens:
                     yield Chunk((), "length")
                     return
-                yield Chunk((one,), reused=self.reused)
+                place = len(request.answer) + index
+                yield Chunk((one,), reused=self.reused, logprobs=chances(one, place, request.logprobs))
                 if self.pace_s:
                     await asyncio.sleep(self.pace_s)
                 if self.middle is not None and index == 3:
                     await self.middle.wait()
                 if self.error_midway and index == 3:
                     raise self.error_midway
-            yield Chunk((END,) if self.finish == "stop" else (), self.finish)
+            ended = self.finish == "stop"
+            yield Chunk(
+                (END,) if ended else (), self.finish, logprobs=chances(END, len(ids), request.logprobs) if ended else ()
+            )
         finally:
             self.closed.set()
 

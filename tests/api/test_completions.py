@@ -154,7 +154,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["x"] * 9, "n": 2}, "prompt"),
     ({"suffix": "end"}, "suffix"),
     ({"best_of": 2}, "best_of"),
-    ({"logprobs": 3}, "logprobs"),
+    ({"logprobs": 6}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 0, "echo": True}, "echo"),
     ({"prompt": [65], "echo": True}, "echo"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
 ]

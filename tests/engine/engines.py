@@ -156,9 +156,10 @@ class Deployed:
         answer: Sequence[int] = (),
         constraint: Constraint | None = None,
         pool: Pooling | None = None,
+        logprobs: int | None = None,
     ) -> int:
         sequence, ids = next(_sequences), tuple(prompt)
-        how = tuple(stop_ids), sampling, client, tuple(answer), constraint, pool
+        how = tuple(stop_ids), sampling, client, tuple(answer), constraint, pool, logprobs
         self.source.host.tell(Submit(self.id, sequence, ids, max_tokens, *how))
         return sequence
 

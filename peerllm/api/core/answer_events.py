@@ -7,6 +7,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from peerllm.api.text.calls.answer_parts import ToldToken
+
 
 class Usage(Struct, frozen=True, omit_defaults=True):
     """Tokens: of the prompt, of the answer, and of the prompt those that were computed for an earlier one."""
@@ -41,13 +43,15 @@ class AnswerBegins(Struct, frozen=True, tag="begins"):
 class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):
     """More text, the ids of the tokens that it completes, and how many tokens the answer has with them.
 
-    `thought`: it is what the model thinks before it answers.
+    `thought`: it is what the model thinks before it answers. `logprobs`: where they were asked for, of the tokens of
+    what is said, each once, with the first of its characters.
     """
 
     text: str
     ids: tuple[int, ...]
     tokens: int
     thought: bool = False
+    logprobs: tuple[ToldToken, ...] = ()
 
 
 class ToolCallBegins(Struct, frozen=True, omit_defaults=True, tag="call"):

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from peerllm.api.error_answers import FieldError
+from peerllm.logprobs import MAX_LIKELIEST
 from peerllm.types import SAMPLING_LIMITS
 
 MAX_MESSAGES = 4096
@@ -27,6 +28,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 ToolName = Annotated[str, Meta(min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)]
 AnySeed = Annotated[int, Meta(ge=-(2**SEED_BITS), le=2**SEED_BITS - 1)]  # as clients count; `seed_of` makes it ours
 Temperature = Annotated[float, _LIMITS["temperature"]]
 TopP = Annotated[float, _LIMITS["top_p"]]
@@ -119,7 +121,7 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     parallel_calls: bool = True
     answer_form: AnswerForm | None = None
     reasoning: bool | str | None = None  # whether, or how much, to reason first; None: as the model likes
-    logprobs: int | None = None  # of so many alternatives for each token
+    logprobs: TopLogprobs | None = None  # of each token of what is said, and of so many that were likeliest there
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
     embeds: bool = False  # not an answer is wanted but the vector of `prompt`
     truncates: bool = False  # of a prompt that is longer than the context the beginning will do
@@ -142,15 +144,8 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
         return replace(self, sampling=replace(self.sampling, seed=seed_of(seed + number)))
 
 
-_NOT_YET = ("logprobs",)
-
-
 def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
     """`wanted`; FieldError if it asks for what cannot be done, under the name that its API has for it (`names`)."""
-    for field in _NOT_YET:
-        if getattr(wanted, field) not in ((), None):
-            name = names.get(field, field)
-            raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
     offered = [tool.name for tool in wanted.tools]
     if len(set(offered)) < len(offered):
         raise FieldError("tools: two have the same name", "tools")

@@ -57,10 +57,12 @@ async def begun_answer(
         keep_alive_s=wanted.keep_alive_s,
         kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted, grammar),
         constraint=text.constraint(grammar),
+        logprobs=wanted.logprobs,
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     chat = prompt if wanted.messages else None
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, wanted.calls())
+    asked = wanted.logprobs is not None
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, wanted.calls(), asked)
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:
@@ -109,11 +111,11 @@ async def told(
                 begins, first = True, time.monotonic()
                 yield begun.begins
             skipped = max(0, known - len(answer.ids))
-            for _ in parts.of(answer.feed(chunk.ids[:skipped], None), answer.ids):
+            for _ in parts.of(answer.feed(chunk.ids[:skipped], None, 0, chunk.logprobs), answer.ids):
                 pass
             parts.sent = max(parts.sent, min(known, len(answer.ids)))
-            for ids, finish in _parts(answer, chunk.ids[skipped:], chunk.finish):
-                for event in parts.of(answer.feed(ids, finish, chunk.reused), answer.ids):
+            for ids, logprobs, finish in _parts(answer, chunk, skipped):
+                for event in parts.of(answer.feed(ids, finish, chunk.reused, logprobs), answer.ids):
                     if beyond > 0:
                         beyond -= 1
                     else:
@@ -129,11 +131,13 @@ async def told(
 
 
 def _parts(
-    answer: GrowingAnswer, ids: Sequence[int], finish: FinishReason | None
-) -> Iterator[tuple[Sequence[int], FinishReason | None]]:
-    """Of a chunk: one token after the other where there may be more than words, so that few come with the same one."""
-    at = 0
-    while at < len(ids) - 1 and not answer.reader.done:
-        yield ids[at : at + 1], None
+    answer: GrowingAnswer, chunk: Chunk, at: int
+) -> Iterator[tuple[Sequence[int], Sequence[bytes], FinishReason | None]]:
+    """Of a chunk from there on: token by token where there may be more than words, so that few come with the same one.
+
+    Also where they are told with their log probabilities, of which an event has few.
+    """
+    while at < len(chunk.ids) - 1 and not (answer.reader.done and answer.places is None):
+        yield chunk.ids[at : at + 1], chunk.logprobs[at : at + 1], None
         at += 1
-    yield ids[at:], finish
+    yield chunk.ids[at:], chunk.logprobs[at:], chunk.finish

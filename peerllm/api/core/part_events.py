@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from peerllm.api.core.answer_events import AnswerEvent, TextDelta, ToolCallBegins, ToolCallDelta
-from peerllm.api.text.calls.answer_parts import AnswerPart, CallName, CallText
+from peerllm.api.text.calls.answer_parts import AnswerPart, CallName, CallText, Words
+
+MAX_TOLD = 2048  # tokens with log probabilities in one event, which have a kilobyte each at most
 
 
 class PartEvents:
@@ -18,6 +20,7 @@ class PartEvents:
 
     def of(self, parts: Sequence[AnswerPart], ids: Sequence[int]) -> Iterator[AnswerEvent]:
         """`ids`: of the answer so far. The last event of several has them all: only behind it a reader has the rest."""
+        parts = [piece for part in parts for piece in _pieces(part)]
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
             fresh = tuple(ids[self.sent :]) if last else ()
@@ -29,4 +32,13 @@ class PartEvents:
             elif isinstance(part, CallText):
                 yield ToolCallDelta(self.calls - 1, part.text, fresh, self.sent)
             else:
-                yield TextDelta(part.text, fresh, self.sent, part.thought)
+                yield TextDelta(part.text, fresh, self.sent, part.thought, part.tokens)
+
+
+def _pieces(part: AnswerPart) -> Iterator[AnswerPart]:
+    """Words that are told with very many tokens, as several."""
+    while isinstance(part, Words) and len(part.tokens) > MAX_TOLD:
+        at = part.tokens[MAX_TOLD].offset - part.tokens[0].offset
+        yield Words(part.text[:at], tokens=part.tokens[:MAX_TOLD])
+        part = Words(part.text[at:], tokens=part.tokens[MAX_TOLD:])
+    yield part

@@ -30,9 +30,11 @@ from peerllm.api.core.several_answers import merged
 from peerllm.api.error_answers import FieldError, facts_of, json_response, shape_of
 from peerllm.api.keys import TASKS
 from peerllm.api.streams import Stream
+from peerllm.api.text.calls.answer_parts import ToldToken
 from peerllm.errors import EngineError
 
 MAX_WHOLE_CHARS = 64 << 20  # of answers in one piece
+_TOLD_CHARS = 64  # of a token and its log probability, about
 
 Piece = tuple[object, str | None]  # one event's object (bytes: as they are), and its id
 
@@ -64,6 +66,7 @@ class WholeAnswer:
     text: str
     calls: list[WholeCall]
     ids: list[int]
+    logprobs: list[ToldToken]
 
 
 class ToldForm(Protocol):
@@ -142,6 +145,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     thoughts: list[list[str]] = [[] for _ in range(count)]
     calls: list[list[WholeCall]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
+    logprobs: list[list[ToldToken]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
         match event:
@@ -150,7 +154,8 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
             case TextDelta():
                 (thoughts if event.thought else texts)[choice].append(event.text)
                 ids[choice] += event.ids
-                size += len(event.text)
+                logprobs[choice] += event.logprobs
+                size += len(event.text) + sum(_TOLD_CHARS * (1 + len(one.likeliest)) for one in event.logprobs)
             case ToolCallBegins():
                 calls[choice].append(WholeCall(event.id, event.name))
                 ids[choice] += event.ids
@@ -168,4 +173,6 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
             raise EngineError(f"the answer has more than {MAX_WHOLE_CHARS} characters")
     parts = zip(thoughts, texts, strict=True)
     whole = [("".join(thought), "".join(text)) for thought, text in parts]
-    return [WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one]) for one in range(count)]
+    return [
+        WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one], logprobs[one]) for one in range(count)
+    ]

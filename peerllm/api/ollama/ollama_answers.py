@@ -20,6 +20,8 @@ from peerllm.api.core.kept.repeat import Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer, WholeCall
 from peerllm.api.error_answers import ErrorFacts, ErrorMore
 from peerllm.api.ollama.ollama_objects import OllamaCall, OllamaCounts
+from peerllm.api.text.calls.answer_parts import ToldToken
+from peerllm.api.text.tokens.logprob_objects import logprob_objects
 
 _NS = 1e9  # nanoseconds of a second
 
@@ -42,7 +44,7 @@ class OllamaAnswers:
         told = [(one, _told(one)) for one in answer.calls]
         text = answer.text + "".join(_as_text(one) for one, call in told if call is None)
         calls = [call for _, call in told if call is not None]
-        return self._last(text, answer.thought, answer.ends, calls)
+        return {**self._last(text, answer.thought, answer.ends, calls), **_logprobs(answer.logprobs)}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
         if self._call is not None and not isinstance(event, ToolCallDelta | AnswerWaits):
@@ -57,7 +59,7 @@ class OllamaAnswers:
                     self._call.arguments += event.arguments
             case TextDelta():
                 texts = ("", event.text) if event.thought else (event.text, "")
-                yield self._line(*texts, False), None
+                yield {**self._line(*texts, False), **_logprobs(event.logprobs)}, None
             case AnswerEnds():
                 yield self._last("", "", event), None
             case AnswerWaits() | AnswerBegins():
@@ -91,6 +93,11 @@ class OllamaAnswers:
             "eval_duration": int(timings.answer_s * _NS),
         }
         return {**self._line(text, thought, True, calls), **counts}
+
+
+def _logprobs(tokens: Sequence[ToldToken]) -> dict[str, Any]:
+    """What a line has of them, if they are told."""
+    return {"logprobs": logprob_objects(tokens)} if tokens else {}
 
 
 def _told(call: WholeCall) -> OllamaCall | None:

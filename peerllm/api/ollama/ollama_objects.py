@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from peerllm.api.text.tokens.logprob_objects import TokenLogprob
+
 
 class OllamaCalledFunction(TypedDict):
     name: str
@@ -42,6 +44,7 @@ class OllamaCounts(TypedDict):
 class OllamaHead(TypedDict):
     model: str
     created_at: str
+    logprobs: NotRequired[list[TokenLogprob]]
 
 
 class OllamaChatDelta(OllamaHead):

@@ -27,6 +27,7 @@ from peerllm.api.core.generation import (
     Temperature,
     ToolName,
     TopK,
+    TopLogprobs,
     TopP,
     checked,
     seed_of,
@@ -75,6 +76,8 @@ class OllamaFields(Struct, kw_only=True):
     keep_alive: KeepAlive = None
     format: Format = None
     think: bool | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None  # without `logprobs` without effect, as there
 
     @property
     def streamed(self) -> bool:
@@ -92,6 +95,7 @@ class OllamaFields(Struct, kw_only=True):
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             "keep_alive_s": seconds_of(options.keep_alive if self.keep_alive is None else self.keep_alive),
         }
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peerllm.api.core.answer_events import ToolCallBegins, ToolCallDelta
 from peerllm.api.core.telling import WholeAnswer
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.openai_answers import OpenAIAnswers
 from peerllm.api.openai.openai_objects import (
     CallDelta,
+    ChatLogprobs,
     ChatPart,
     ChatPartDelta,
     ChatSaid,
     FunctionDelta,
     OpenAICall,
 )
+from peerllm.api.text.calls.answer_parts import ToldToken
+from peerllm.api.text.tokens.logprob_objects import logprob_objects
 
 
 class ChatAnswers(OpenAIAnswers):
@@ -39,6 +44,9 @@ class ChatAnswers(OpenAIAnswers):
         if not text:
             return {"delta": {}}
         return {"delta": {"reasoning_content": text} if thought else {"content": text}}
+
+    def logprobs(self, tokens: Sequence[ToldToken]) -> ChatLogprobs:
+        return {"content": logprob_objects(tokens), "refusal": None}
 
     def call(self, event: ToolCallBegins | ToolCallDelta) -> ChatPartDelta:
         if isinstance(event, ToolCallBegins):

@@ -17,6 +17,7 @@ from peerllm.api.core.generation import (
     OfferedTool,
     TokenCount,
     ToolName,
+    TopLogprobs,
     checked,
 )
 from peerllm.api.error_answers import FieldError
@@ -130,7 +131,7 @@ class ChatBody(OpenAIFields, kw_only=True):
     tool_choice: str | ChosenTool | None = None
     response_format: FormatBody | None = None
     logprobs: Flag = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     functions: list[Any] | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
@@ -150,6 +151,8 @@ class ChatBody(OpenAIFields, kw_only=True):
         for name in ("functions", "audio", "prediction", "web_search_options"):
             if getattr(self, name):
                 raise FieldError(f"{name} is not supported", name, "unsupported_parameter")
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs: logprobs must be true, too", "top_logprobs")
         if self.modalities not in (None, ["text"]):
             raise FieldError("modalities: only text is supported", "modalities", "unsupported_parameter")
         choice = self.tool_choice
@@ -164,7 +167,7 @@ class ChatBody(OpenAIFields, kw_only=True):
             parallel_calls=self.parallel_tool_calls is not False,
             answer_form=self.response_format.form() if self.response_format is not None else None,
             reasoning=self.reasoning(),
-            logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             user=self.user or "",
         )
         return copies(checked(wanted, NAMES), self.n or 1)

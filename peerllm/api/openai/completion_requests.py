@@ -23,7 +23,7 @@ class CompletionBody(OpenAIFields, kw_only=True):
     echo: Flag = None
     suffix: str | None = None
     best_of: Answers | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
     def prompts(self) -> list[str | tuple[int, ...]]:
         if isinstance(self.prompt, str):
@@ -46,6 +46,9 @@ class CompletionBody(OpenAIFields, kw_only=True):
             raise FieldError(f"prompt: at most {MAX_ANSWERS} answers are given to one request", "prompt")
         if self.echo and not all(isinstance(one, str) for one in prompts):
             raise FieldError("echo is supported for text only, not for token ids", "echo", "unsupported_parameter")
+        if self.echo and self.logprobs is not None:
+            what = "echo: log probabilities are told of answers only, not of prompts; ask for one of the two"
+            raise FieldError(what, "echo", "unsupported_parameter")
         found = []
         for prompt in prompts:
             wanted = Generation(

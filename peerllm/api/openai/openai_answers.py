@@ -18,8 +18,17 @@ from peerllm.api.core.answer_events import (
 )
 from peerllm.api.core.kept.repeat import ALL_TOKENS, END, Repeat
 from peerllm.api.core.telling import Piece, WholeAnswer
-from peerllm.api.openai.openai_objects import AnswerHead, ChatPart, ChatPartDelta, OpenAIUsage, TextPart
+from peerllm.api.openai.openai_objects import (
+    AnswerHead,
+    ChatLogprobs,
+    ChatPart,
+    ChatPartDelta,
+    OpenAIUsage,
+    TextLogprobs,
+    TextPart,
+)
 from peerllm.api.streams import SSE, comment
+from peerllm.api.text.calls.answer_parts import ToldToken
 
 
 class OpenAIAnswers:
@@ -49,6 +58,10 @@ class OpenAIAnswers:
         """More text in a chunk; "" is the chunk that ends the answer."""
         raise NotImplementedError
 
+    def logprobs(self, tokens: Sequence[ToldToken]) -> ChatLogprobs | TextLogprobs:
+        """What is told of the log probabilities of an answer's tokens."""
+        raise NotImplementedError
+
     def call(self, event: ToolCallBegins | ToolCallDelta) -> ChatPartDelta:
         """A call of a tool in a chunk, or more of its arguments."""
         raise NotImplementedError
@@ -57,7 +70,8 @@ class OpenAIAnswers:
         self._usages = {index: one.ends.usage for index, one in enumerate(answers)}
         choices = []
         for index, answer in enumerate(answers):
-            choice = {"index": index, **self.choice(answer, index), "logprobs": None}
+            logprobs = self.logprobs(answer.logprobs) if answer.logprobs else None
+            choice = {"index": index, **self.choice(answer, index), "logprobs": logprobs}
             choice["finish_reason"] = _reason(answer.ends)
             if self._with_ids:
                 choice["token_ids"] = answer.ids
@@ -79,7 +93,8 @@ class OpenAIAnswers:
                     yield self._chunk(choice, opening, (), None), None if repeat is None else "0"
             case TextDelta():
                 number = None if repeat is None else self._places[choice].place
-                yield self._chunk(choice, self.delta(event.text, event.thought), event.ids, None), number
+                chunk = self._chunk(choice, self.delta(event.text, event.thought), event.ids, None, event.logprobs)
+                yield chunk, number
             case ToolCallBegins() | ToolCallDelta():
                 number = None if repeat is None else self._places[choice].place
                 yield self._chunk(choice, self.call(event), event.ids, None), number
@@ -95,10 +110,16 @@ class OpenAIAnswers:
         yield b"data: [DONE]\n\n", None
 
     def _chunk(
-        self, index: int, part: ChatPartDelta | TextPart, ids: Sequence[int], reason: str | None
+        self,
+        index: int,
+        part: ChatPartDelta | TextPart,
+        ids: Sequence[int],
+        reason: str | None,
+        tokens: Sequence[ToldToken] = (),
     ) -> dict[str, Any]:
         assert self._begins is not None
-        choice: dict[str, Any] = {"index": index, **part, "logprobs": None, "finish_reason": reason}
+        logprobs = self.logprobs(tokens) if tokens else None
+        choice: dict[str, Any] = {"index": index, **part, "logprobs": logprobs, "finish_reason": reason}
         if self._with_ids:
             choice["token_ids"] = list(ids)
         found = {**self._head(self._begins, self.chunk_kind), "choices": [choice]}

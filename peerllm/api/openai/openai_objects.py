@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
+
+from peerllm.api.text.tokens.logprob_objects import TokenLogprob
 
 StreamEnd = Literal["[DONE]"]  # the last event's data
 
@@ -67,11 +69,24 @@ class ChatDelta(TypedDict, total=False):
     tool_calls: list[CallDelta]
 
 
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(TypedDict):
+    """Lists side by side; the token itself is always among its `top_logprobs`."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChoiceHead(TypedDict):
     """What all choices have."""
 
     index: int
-    logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
     token_ids: NotRequired[list[int]]
 
@@ -89,15 +104,15 @@ class TextPart(TypedDict):
 
 
 class ChatChoice(ChoiceHead, ChatPart):
-    pass
+    logprobs: ChatLogprobs | None
 
 
 class ChatChoiceDelta(ChoiceHead, ChatPartDelta):
-    pass
+    logprobs: ChatLogprobs | None
 
 
 class TextChoice(ChoiceHead, TextPart):
-    pass
+    logprobs: TextLogprobs | None
 
 
 class PromptDetails(TypedDict):

@@ -32,9 +32,13 @@ class Detokenizer:
         self._given_ids = 0  # of the window: decoded and given out
         self._given_text = ""  # what those decode to
 
+    def shows(self, token_id: int) -> bool:
+        """Whether it has a text."""
+        return token_id not in self._silent and self._name(token_id) is not None
+
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain after these ids."""
-        self._window.extend(one for one in ids if one not in self._silent and self._name(one) is not None)
+        self._window.extend(filter(self.shows, ids))
         if not self._window or _BYTE_TOKEN.fullmatch(self._name(self._window[-1]) or ""):
             return ""
         text = self._text(self._window)

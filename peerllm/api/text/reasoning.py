@@ -41,6 +41,11 @@ class ReasoningSplitter:
         """Whether all that comes is answer."""
         return self._state == "answer" and not self._space
 
+    @property
+    def held(self) -> int:
+        """Characters that are not out yet."""
+        return len(self._held)
+
     def push(self, text: str) -> tuple[str, str]:
         """What is certain now of what is thought, and of the answer."""
         if self.done:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import cast
@@ -20,7 +20,9 @@ from peerllm.types import DeploymentId, DeviceId
 FLUSH_S = 0.1  # between two tellings of ids
 MAX_PROMPT_TOKENS = 1 << 18  # an answer to a longer prompt is not copied
 MAX_COPIES = 256  # held here, of all coordinators, and half as many of one; the oldest go first
-MAX_TOKENS = 4 << 20  # of all of them, their prompts counted, and half as many of one coordinator
+MAX_TOKENS = 4 << 20  # of all of them, as their sizes count them, and half as many of one coordinator
+MAX_WITH_LOGPROBS = 4096  # ids of an answer that are copied where each has log probabilities ...
+WITH_LOGPROBS_AT_ONCE = 128  # ... and in one message: half of what may be in one
 
 Tell = Callable[[DeviceId, AnswerCopied | AnswerGrew], None]
 
@@ -30,8 +32,18 @@ class _UnderWay:
     request: GenerateRequest
     name: str
     ids: list[int]
+    logprobs: list[bytes]
     told_to: DeviceId | None = None  # who has a copy ...
     told: int = 0  # ... and how many ids of it
+
+    def untold(self) -> Iterator[tuple[int, tuple[int, ...], tuple[bytes, ...]]]:
+        """Where it begins, ids, and their log probabilities; it counts as told from then on."""
+        end = step = len(self.ids)
+        if self.request.logprobs is not None:
+            end, step = min(end, MAX_WITH_LOGPROBS), WITH_LOGPROBS_AT_ONCE
+        while self.told < end:
+            start, self.told = self.told, min(self.told + step, end)
+            yield start, tuple(self.ids[start : self.told]), tuple(self.logprobs[start : self.told])
 
 
 class AnswerCopies:
@@ -54,12 +66,14 @@ class AnswerCopies:
     async def copied(self, request: GenerateRequest, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
         """The same chunks, their ids told to the successor as they come."""
         digest = hashlib.sha256(f"{request.deployment} {request.kept}".encode()).hexdigest()[:32]
-        answer = self._under_way[digest] = _UnderWay(request, digest, list(request.answer))
+        known = list(request.answer), list(request.known_logprobs)
+        answer = self._under_way[digest] = _UnderWay(request, digest, *known)
         self._see_to_timer()
         try:
             async with aclosing(cast("AsyncGenerator[Chunk]", chunks)) as inner:
                 async for chunk in inner:
                     answer.ids += chunk.ids
+                    answer.logprobs += chunk.logprobs
                     yield chunk
         except UnavailableError:
             if (heir := self._heir(request.deployment)) is not None:
@@ -84,18 +98,18 @@ class AnswerCopies:
             if to is None or len(request.prompt) > MAX_PROMPT_TOKENS:
                 continue
             if to != answer.told_to:
-                self._copy(answer, to, request.deployment)
-            elif len(answer.ids) > answer.told:
-                fresh = tuple(answer.ids[answer.told :])
-                self._tell(to, AnswerGrew(request.deployment, answer.name, answer.told, fresh))
-            answer.told_to, answer.told = to, len(answer.ids)
+                answer.told_to, answer.told = to, self._copy(answer, to, request.deployment)
+            for start, ids, logprobs in answer.untold():
+                self._tell(to, AnswerGrew(request.deployment, answer.name, start, ids, logprobs=logprobs))
 
-    def _copy(self, answer: _UnderWay, to: DeviceId, deployment: DeploymentId) -> None:
-        request = answer.request
+    def _copy(self, answer: _UnderWay, to: DeviceId, deployment: DeploymentId) -> int:
+        """How many of its ids it has: none where they come with log probabilities, which follow in pieces."""
+        request, ids = answer.request, () if answer.request.logprobs is not None else tuple(answer.ids)
         self._tell(to, AnswerCopied(
             deployment, answer.name, tuple(request.prompt), request.max_tokens, request.sampling, request.client,
-            request.kept, tuple(answer.ids),
+            request.kept, ids,
         ))  # fmt: skip
+        return len(ids)
 
     def close(self) -> None:
         if self._timer is not None:
@@ -115,7 +129,7 @@ class AnswerCopies:
 def inherited(copy: AnswerCopied) -> InheritedAnswer:
     """As the API goes on with it."""
     sampled = copy.prompt, copy.max_tokens, copy.sampling, copy.client, copy.kept
-    return InheritedAnswer(copy.deployment, *sampled, list(copy.ids))
+    return InheritedAnswer(copy.deployment, *sampled, list(copy.ids), [])
 
 
 class HeldCopies:
@@ -135,7 +149,12 @@ class HeldCopies:
         elif message.over:
             self._held.pop(key, None)
         elif (held := self._held.get(key)) is not None and message.start == len(held.ids):
+            logprobs = [*held.logprobs[:1], *message.logprobs]
+            complete = len(held.logprobs) + len(message.logprobs) in (0, message.start + len(message.ids))
+            if not complete or len(set(map(len, logprobs))) > 1:
+                return
             cast("list[int]", held.ids).extend(message.ids)
+            cast("list[bytes]", held.logprobs).extend(message.logprobs)
             self._bound(device)
 
     def take(self, deployment: DeploymentId, to: DeploymentId) -> list[InheritedAnswer]:
@@ -151,7 +170,7 @@ class HeldCopies:
     def _bound(self, device: DeviceId) -> None:
         own = [key for key in self._held if self._of[key[0]] == device]
         for keys, share in ((own, 2), (list(self._held), 1)):
-            sizes = {key: len(self._held[key].prompt) + len(self._held[key].ids) for key in keys if key in self._held}
+            sizes = {key: self._held[key].size for key in keys if key in self._held}
             count, tokens = len(sizes), sum(sizes.values())
             for key, size in sizes.items():
                 if count <= MAX_COPIES // share and tokens <= MAX_TOKENS // share:

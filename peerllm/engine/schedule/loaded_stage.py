@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peerllm.engine.base import Draw, Floats, Sampler
 from peerllm.engine.messages import LoadStage
+from peerllm.engine.sampler import token_logprobs
 from peerllm.engine.schedule.held_shard import HeldShard
 from peerllm.engine.schedule.pooling import Pool
 from peerllm.engine.wire.parcels import Drawn, Masked, Opened, TokenBatch, first_attempt, quantised
@@ -22,6 +23,7 @@ GONE_BACK = 1  # epochs that a source may have been in and left again: its OPENs
 NOT_FINITE = "the model computed hidden states that are no finite numbers; try --exact"
 
 Failures = list[tuple[TokenRun, str]]  # runs of a batch whose sequences cannot go on, and why
+_DrawnRun = tuple[TokenRun, int | None, bytes]  # with the token drawn after it, and what was asked about that
 
 
 @dataclass(slots=True)
@@ -30,6 +32,7 @@ class _Drawing:
 
     sampling: Sampling
     ids: list[int]  # the answer so far
+    logprobs: int | None = None  # are wanted of so many of the likeliest tokens
     undrawn: tuple[TokenRun, Floats] | None = None  # logits [1, vocabulary] after this run, whose mask is not there
 
 
@@ -97,7 +100,7 @@ class LoadedStage:
                 opened = opened.lacks(one.last_layer, found)
         if self.is_head:  # an OPEN may have ended another sequence, whose RELEASE does not come
             self._answers = {one: known for one, known in self._answers.items() if one in self}
-            self._answers[sequence] = _Drawing(opened.sampling, list(answer))
+            self._answers[sequence] = _Drawing(opened.sampling, list(answer), opened.logprobs)
             self._pools = {one: known for one, known in self._pools.items() if one in self}
             if opened.pool is not None:
                 self._pools[sequence] = Pool(opened.pool)
@@ -158,7 +161,7 @@ class LoadedStage:
 
     def _pool(self, last: HeldShard, batch: TokenBatch, pooled: Sequence[TokenRun]) -> tuple[Drawn | None, Failures]:
         """The last shard's part of a batch of which some runs are `pooled`, and the others are drawn after."""
-        drawn: list[tuple[TokenRun, int | None]] = []
+        drawn: list[_DrawnRun] = []
         vectors: list[Floats] = []
         failed: Failures = []
         for run in pooled:
@@ -170,7 +173,7 @@ class LoadedStage:
             except EngineError as error:
                 failed.append((run, str(error)))
             else:
-                drawn.append((run, None))
+                drawn.append((run, None, b""))
         others = [run for run in batch.runs if run not in pooled]
         if others:
             logits = last.shard.forward(batch.only(others).rows, others)
@@ -178,21 +181,20 @@ class LoadedStage:
                 last.slots.computed(run)
             made, lost = self._draw(others, logits)
             failed += lost
-            drawn += zip(made.runs, made.tokens, strict=True) if made is not None else ()
-        whole = Drawn([run for run, _ in drawn], [token for _, token in drawn], vectors)
-        return (whole if drawn else None), failed
+            drawn += [(run, token, logprobs) for run, token, _, logprobs in made.each()] if made is not None else ()
+        return _whole(drawn, vectors), failed
 
     def _draw(self, runs: Sequence[TokenRun], logits: Floats) -> tuple[Drawn | None, Failures]:
         """`logits` are float32 [runs to sample after, vocabulary]. A row that gives no token fails its run alone."""
         asked = sum(run.sample for run in runs)
         if logits.shape[0] != asked:
             raise EngineError(f"the shard gave {logits.shape[0]} rows of logits for {asked} tokens to draw")
-        drawn: list[tuple[TokenRun, int | None]] = []
+        drawn: list[_DrawnRun] = []
         failed: Failures = []
         row = -1
         for run in runs:
             if not run.sample:
-                drawn.append((run, None))
+                drawn.append((run, None, b""))
                 continue
             row += 1
             own = logits[row : row + 1]
@@ -200,10 +202,10 @@ class LoadedStage:
                 self._answers[run.sequence].undrawn = run, own.copy()
                 continue
             try:
-                drawn.append((run, self._pick(run, own)))
+                drawn.append((run, *self._pick(run, own)))
             except EngineError as error:
                 failed.append((run, str(error)))
-        return (Drawn(*zip(*drawn, strict=True)) if drawn else None), failed
+        return _whole(drawn), failed
 
     def masked(self, masked: Masked) -> tuple[Drawn | None, Failures]:
         """At the head: a mask has come. What was computed before it is drawn now."""
@@ -213,7 +215,7 @@ class LoadedStage:
             return None, []
         (run, logits), known.undrawn = known.undrawn, None
         try:
-            return Drawn([run], [self._pick(run, logits)]), []
+            return _whole([(run, *self._pick(run, logits))]), []
         except EngineError as error:
             return None, [(run, str(error))]
 
@@ -223,11 +225,19 @@ class LoadedStage:
         place = run.sequence, run.position + run.length
         return masked.mask if masked is not None and (masked.sequence, masked.position) == place else None
 
-    def _pick(self, run: TokenRun, logits: Floats) -> int:
+    def _pick(self, run: TokenRun, logits: Floats) -> tuple[int, bytes]:
+        """A token, and what was asked about it."""
         known, mask = self._answers[run.sequence], self._mask(run) if run.masked else None
         (token,) = self._sampler(logits, [Draw(known.sampling, run.position + run.length, known.ids, mask)])
         known.ids.append(token)
-        return token
+        return token, b"" if known.logprobs is None else token_logprobs(logits[0], token, known.logprobs)
+
+
+def _whole(drawn: Sequence[_DrawnRun], vectors: Sequence[Floats] = ()) -> Drawn | None:
+    if not drawn:
+        return None
+    runs, tokens, logprobs = zip(*drawn, strict=True)
+    return Drawn(runs, tokens, vectors, logprobs if any(logprobs) else ())
 
 
 def steps_only(runs: Sequence[TokenRun]) -> bool:

@@ -145,8 +145,8 @@ class SourceFeed:
         match parcel:
             case Drawn():
                 self._note_return(ring)
-                for run, token, vector in parcel.each():
-                    self._came_back(ring, run, token, vector)
+                for run, token, vector, logprobs in parcel.each():
+                    self._came_back(ring, run, token, vector, logprobs)
             case Opened(sequence):
                 if self.sequences.epoch_of(sequence) == ring.epoch:
                     self._opened(ring, parcel)
@@ -276,13 +276,15 @@ class SourceFeed:
         if self._masks is not None:
             self._masks.end((self._id, sequence))
 
-    def _came_back(self, ring: EpochRing, run: TokenRun, token: int | None, vector: Floats | None) -> None:
+    def _came_back(
+        self, ring: EpochRing, run: TokenRun, token: int | None, vector: Floats | None, logprobs: bytes
+    ) -> None:
         sequence, source = run.sequence, self.sequences
         if source.epoch_of(sequence) != ring.epoch or source.is_late(run):
             self._counts.dropped_frames += 1
             return
         try:
-            step, tokens = source.came_back(run, token, vector)
+            step, tokens = source.came_back(run, token, vector, logprobs)
         except FrameError as error:
             self._finish(sequence, "error", str(error))
             return

@@ -22,6 +22,7 @@ from peerllm.engine.schedule.running_sequence import RunningSequence
 from peerllm.engine.state.prefix_cache import PrefixCache
 from peerllm.engine.wire.parcels import Masked, Opened, first_attempt
 from peerllm.errors import BadInputError, FrameError, OverloadedError
+from peerllm.logprobs import unpacked
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Cuts, DeploymentId, chunk_of
 
@@ -189,7 +190,7 @@ class SourceSequences:
         order, choice = running.order, running.choice
         after = choice.after if running.back == choice.position else 0
         where = running.back, after, running.through, running.attempt
-        return Opened(order.sequence, choice.slot, order.sampling, *where, pool=order.pool)
+        return Opened(order.sequence, choice.slot, order.sampling, *where, pool=order.pool, logprobs=order.logprobs)
 
     def enter(self, sequence: int) -> tuple[Opened, TokenRun | None]:
         """A sequence that had left its epoch is fed again in the present one: what goes round, and its step if due."""
@@ -260,11 +261,11 @@ class SourceSequences:
         return np.array([one for run in runs for one in self._running[run.sequence].ids(run)], np.int64)
 
     def came_back(
-        self, run: TokenRun, token: int | None, vector: Floats | None = None
+        self, run: TokenRun, token: int | None, vector: Floats | None = None, logprobs: bytes = b""
     ) -> tuple[TokenRun | None, Tokens | None]:
         """A run passed the head, which drew `token` after it (None after a chunk that is not the prompt's last).
 
-        Or, where that was asked for, made a `vector` of the whole prompt.
+        Or, where that was asked for, made a `vector` of the whole prompt. `logprobs`: as in Drawn.
 
         Returns the step to feed at once and what to tell the daemon; both None for a sequence that has ended, and for
         what came late. FrameError if the run is not the one that is due, or the token is none.
@@ -284,6 +285,7 @@ class SourceSequences:
             raise FrameError(f"the head {'drew no' if sampled else 'drew a'} token at position {position + length}")
         if token is not None and not 0 <= token < self._vocabulary:
             raise FrameError(f"the head drew {token}, which is no token id; they go from 0 to {self._vocabulary - 1}")
+        self._check(logprobs, token, running.order.logprobs)
         if running.in_flight:
             self._under_way -= running.in_flight.popleft()
         running.back += length
@@ -297,12 +299,27 @@ class SourceSequences:
         if token in running.order.stop_ids:
             return None, self.end(sequence, "stop")
         start = len(running.answer)
-        tokens = Tokens(self._deployment, sequence, start, (token,), reused=running.reused)
+        told = (logprobs,) if logprobs else ()
+        tokens = Tokens(self._deployment, sequence, start, (token,), reused=running.reused, logprobs=told)
         if start + 1 >= running.order.max_tokens or running.fed >= self.context:
             self.end(sequence, "length")
             return None, replace(tokens, finish="length")
         running.answer.append(token)
         return running.feed(1), tokens
+
+    def _check(self, logprobs: bytes, token: int | None, asked: int | None) -> None:
+        """FrameError unless these are a token's log probabilities, with `asked` likeliest ones."""
+        if token is None or asked is None:
+            if logprobs:
+                raise FrameError("the head sent log probabilities that nobody asked for")
+            return
+        try:
+            (own, *likeliest) = unpacked(logprobs)
+        except ValueError as error:
+            raise FrameError(f"the head sent {error}") from error
+        known = own[0] == token and all(one < self._vocabulary for one, _ in likeliest)
+        if not known or len(likeliest) != min(asked, self._vocabulary):
+            raise FrameError("the head sent log probabilities of other tokens than were asked for")
 
     def _passed(self, running: RunningSequence) -> TokenRun | None:
         """A chunk is back that no token was drawn after: the step that may be due now."""

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise, repeat
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from peerllm.engine.weights.checkpoint import FILE_DTYPES
 from peerllm.engine.wire.frame_arrays import DTYPE_NAMES, to_array, to_tensor
 from peerllm.engine.wire.quantised import dequantise, quantise
 from peerllm.errors import FrameError
+from peerllm.logprobs import ENTRY_BYTES, MAX_ENTRIES, MAX_LIKELIEST
 from peerllm.transport.frames.frame import Frame, FrameKind, NamedTensor
 from peerllm.transport.frames.limits import FrameLimits, TensorLimit
 from peerllm.transport.frames.token_run import TokenRun
@@ -35,8 +36,9 @@ MAX_MASK_BYTES = 128 << 10  # of a mask: a million tokens
 
 DTYPES = {FILE_DTYPES[name].name: FILE_DTYPES[name] for name in ("F32", "F16", "BF16")}
 _Entry = tuple[int, int, int, int, int, int]
-_ENTRY = struct.Struct("<Qqqqqq")  # after, through, attempt, lacking, held, pool
+_ENTRY = struct.Struct("<Qqqqqq")  # after, through, attempt, lacking, held, what the head makes
 _POOLS: tuple[Pooling | None, ...] = (None, "mean", "last")
+_LOGPROBS = len(_POOLS)  # what the head makes: a vector as in _POOLS, or from here on tokens with log probabilities
 _SAMPLING = struct.Struct("<7d")  # temperature, top_p, top_k, min_p, the three penalties; the seed goes as an integer
 
 
@@ -58,6 +60,7 @@ class Opened:
     held: int = 0  # where all shards can go on that cannot go on from `position`
     answer: Sequence[int] = ()  # the answer so far, if the head counts its tokens and is not on the source
     pool: Pooling | None = None  # the head gives one vector of the prompt's hidden states, and no token
+    logprobs: int | None = None  # the head gives each token's log probability, and those of so many likeliest ones
 
     def lacks(self, layer: int, held: int) -> Opened:
         """With a shard added, whose last layer is `layer` and which can go on from `held` only."""
@@ -90,17 +93,19 @@ class Drawn:
 
     Runs that are computed again pass the last layer that needs them instead, and then go round to the source as these.
     `vectors`, in the runs' order: of those that end a prompt whose states were pooled, and which have no token.
+    `logprobs`: of each run's token as `packed` makes them, b"" where nobody asked; () if nobody did in all runs.
     """
 
     runs: Sequence[TokenRun]
     tokens: Sequence[int | None]
     vectors: Sequence[Floats] = ()
+    logprobs: Sequence[bytes] = ()
 
-    def each(self) -> Iterator[tuple[TokenRun, int | None, Floats | None]]:
-        """Every run with its token and its vector."""
-        vectors = iter(self.vectors)
-        for run, token in zip(self.runs, self.tokens, strict=True):
-            yield run, token, next(vectors, None) if _may_have_vector(run, token) else None
+    def each(self) -> Iterator[tuple[TokenRun, int | None, Floats | None, bytes]]:
+        """Every run with its token, its vector and its token's log probabilities."""
+        vectors, logprobs = iter(self.vectors), self.logprobs or repeat(b"", len(self.runs))
+        for run, token, chances in zip(self.runs, self.tokens, logprobs, strict=True):
+            yield run, token, next(vectors, None) if _may_have_vector(run, token) else None, chances
 
 
 def _may_have_vector(run: TokenRun, token: int | None) -> bool:
@@ -172,11 +177,11 @@ def to_frame(parcel: Parcel, deployment: str, epoch: int, stage: int) -> Frame:
         case TokenBatch(given, rows, scales):
             kind, runs = FrameKind.ACTIVATION, tuple(given)
             tensors = (to_tensor("hidden", rows), *(() if scales is None else (to_tensor("scale", scales),)))
-        case Drawn(given, tokens, vectors):
+        case Drawn(given, tokens, vectors, logprobs):
             kind, runs = FrameKind.TOKEN, tuple(given)
             ids = struct.pack(f"<{len(tokens)}q", *(NO_TOKEN if token is None else token for token in tokens))
             pooled = (to_tensor("vectors", np.stack(vectors)),) if vectors else ()
-            tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids), *pooled)
+            tensors = (NamedTensor.of("ids", "I64", (len(tokens),), ids), *pooled, *_logprob_tensors(logprobs))
         case Released(sequence, slot, reason, keep):
             kind, runs = FrameKind.RELEASE, (TokenRun(sequence, slot, keep, 0),)
             text = reason.encode(errors="replace")[:MAX_REASON_BYTES]
@@ -203,7 +208,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
                     run.position,
                     *entry[:5],
                     ids,
-                    _pooling(entry[5]),
+                    *_made(entry[5]),
                 )
                 for row, (run, entry) in enumerate(zip(frame.runs, cast(Iterator[_Entry], entries), strict=True))
             ]
@@ -224,7 +229,7 @@ def from_frame(frame: Frame) -> list[Parcel]:
             tokens = [None if token == NO_TOKEN else token for token in ids]
             if len(pooled) > sum(map(_may_have_vector, frame.runs, tokens)):
                 raise FrameError(f"{len(pooled)} vectors came for prompts that are not there")
-            return [Drawn(frame.runs, tokens, pooled)]
+            return [Drawn(frame.runs, tokens, pooled, _read_logprobs(frame, tokens))]
         case FrameKind.RELEASE:
             reason = frame.tensor("reason")
             text = "" if reason is None else bytes(reason.data).decode(errors="replace")
@@ -254,8 +259,13 @@ def stage_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
 def source_limits(spec: LoadStage, hidden_size: int) -> FrameLimits:
     """What the link from the head back to the source may carry; no vector has more numbers than `hidden_size`."""
     most = spec.micro_batch * hidden_size
-    vectors = {"vectors": TensorLimit(("F32",), 2, max_elements=most, kinds=(FrameKind.TOKEN,))}
-    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), vectors)
+    entries = spec.micro_batch * MAX_ENTRIES * ENTRY_BYTES
+    tensors = {
+        "vectors": TensorLimit(("F32",), 2, max_elements=most, kinds=(FrameKind.TOKEN,)),
+        "counts": TensorLimit(("U8",), 1, per_run=True, kinds=(FrameKind.TOKEN,)),
+        "logprobs": TensorLimit(("U8",), 2, ENTRY_BYTES, max_elements=entries, kinds=(FrameKind.TOKEN,)),
+    }
+    return _limits(spec, spec.stages, (FrameKind.TOKEN, FrameKind.RELEASE, FrameKind.OPEN), tensors)
 
 
 def head_limits(spec: LoadStage) -> FrameLimits:
@@ -296,17 +306,39 @@ def _sampling_tensors(sampling: Sampling) -> tuple[NamedTensor, ...]:
 
 
 def _entry_tensors(opened: Opened) -> list[NamedTensor]:
-    pool = _POOLS.index(opened.pool)
-    entry = _ENTRY.pack(opened.after, opened.through, opened.attempt, opened.lacking, opened.held, pool)
+    made = _POOLS.index(opened.pool) if opened.logprobs is None else _LOGPROBS + opened.logprobs
+    entry = _ENTRY.pack(opened.after, opened.through, opened.attempt, opened.lacking, opened.held, made)
     ids = struct.pack(f"<{len(opened.answer)}q", *opened.answer)
     answer = [NamedTensor.of("answer", "I64", (len(opened.answer),), ids)] if opened.answer else []
     return [NamedTensor.of("entry", "I64", (1, 6), entry), *answer]
 
 
-def _pooling(number: int) -> Pooling | None:
-    if not 0 <= number < len(_POOLS):
-        raise FrameError(f"{number} is no way of pooling")
-    return _POOLS[number]
+def _made(number: int) -> tuple[Pooling | None, int | None]:
+    """Whether the head makes a vector, and how many log probabilities of others come with a token."""
+    if not 0 <= number <= _LOGPROBS + MAX_LIKELIEST:
+        raise FrameError(f"{number} is nothing that a head can make")
+    return (_POOLS[number], None) if number < _LOGPROBS else (None, number - _LOGPROBS)
+
+
+def _logprob_tensors(logprobs: Sequence[bytes]) -> tuple[NamedTensor, ...]:
+    if not logprobs:
+        return ()
+    data, counts = b"".join(logprobs), bytes(len(one) // ENTRY_BYTES for one in logprobs)
+    shape = len(data) // ENTRY_BYTES, ENTRY_BYTES
+    return NamedTensor.of("counts", "U8", (len(counts),), counts), NamedTensor.of("logprobs", "U8", shape, data)
+
+
+def _read_logprobs(frame: Frame, tokens: Sequence[int | None]) -> tuple[bytes, ...]:
+    counts, entries = frame.tensor("counts"), frame.tensor("logprobs")
+    if counts is None or entries is None:
+        if counts is not entries:
+            raise FrameError("log probabilities came without their counts, or counts alone")
+        return ()
+    ends = list(accumulate((count * ENTRY_BYTES for count in counts.data), initial=0))
+    drawn = all(token is not None or not count for token, count in zip(tokens, counts.data, strict=True))
+    if ends[-1] != len(entries.data) or not drawn:
+        raise FrameError("log probabilities came for tokens that are not there")
+    return tuple(bytes(entries.data[start:end]) for start, end in pairwise(ends))
 
 
 def _read_sampling(frame: Frame, row: int) -> Sampling:

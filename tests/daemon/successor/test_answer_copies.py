@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from peerllm.daemon.control_messages import AnswerCopied, AnswerGrew
+from peerllm.codec import decode, encode
+from peerllm.daemon.control_messages import AnswerCopied, AnswerGrew, Control
 from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.daemon.network.limits.message_sizes import MAX_BYTES
 from peerllm.daemon.successor import answer_copies
 from peerllm.daemon.successor.answer_copies import AnswerCopies, HeldCopies
 from peerllm.errors import EngineError
+from peerllm.logprobs import ENTRY_BYTES, MAX_ENTRIES
 from peerllm.types import Sampling
 
 DEPLOYMENT, OTHER = "d" * 32, "e" * 32
@@ -218,3 +222,74 @@ def test_copies_of_one_deployment_are_not_anothers():
     assert not taken(held, OTHER)
     held.forget(DEPLOYMENT)
     assert not taken(held)
+
+
+WITH_LOGPROBS = replace(ASKED, logprobs=1)
+
+
+def chunk(*ids: int, finish: str | None = None) -> Chunk:
+    return Chunk(ids, finish, logprobs=tuple(bytes([one]) * 16 for one in ids))
+
+
+async def test_log_probabilities_are_copied_with_their_ids_in_pieces(source, monkeypatch):
+    monkeypatch.setattr(answer_copies, "WITH_LOGPROBS_AT_ONCE", 2)
+    task = asyncio.create_task(source.heard(WITH_LOGPROBS))
+    for ids in ((7, 8, 9), (10, 11)):
+        source.fed.put_nowait(chunk(*ids))
+        await source.feed()
+        source.copies.flush()
+    assert [type(one).__name__ for _, one in source.told] == ["AnswerCopied", *["AnswerGrew"] * 3]
+    source.successor = "c"
+    source.copies.flush()
+    for held in source.held.values():
+        (copy,) = taken(held)
+        assert list(copy.ids) == [7, 8, 9, 10, 11] and list(copy.logprobs) == [bytes([one]) * 16 for one in copy.ids]
+        assert copy.size == 3 + 5 * 3
+    task.cancel()
+
+
+async def test_a_long_answer_with_log_probabilities_is_copied_in_part(source, monkeypatch):
+    monkeypatch.setattr(answer_copies, "MAX_WITH_LOGPROBS", 3)
+    task = asyncio.create_task(source.heard(WITH_LOGPROBS))
+    for ids in ((7, 8), (9, 10), (11,)):
+        source.fed.put_nowait(chunk(*ids))
+        await source.feed()
+        source.copies.flush()
+    (copy,) = taken(source.held["b"])
+    assert list(copy.ids) == [7, 8, 9] and len(copy.logprobs) == 3
+    task.cancel()
+
+
+async def test_an_inherited_answer_is_copied_with_what_was_known_of_it(source):
+    request = replace(WITH_LOGPROBS, answer=(4, 5), known_logprobs=(b"4" * 16, b"5" * 16))
+    task = asyncio.create_task(source.heard(request))
+    source.fed.put_nowait(chunk(6))
+    await source.feed()
+    source.copies.flush()
+    (copy,) = taken(source.held["b"])
+    assert (list(copy.ids), list(copy.logprobs)) == ([4, 5, 6], [b"4" * 16, b"5" * 16, b"\6" * 16])
+    task.cancel()
+
+
+def test_log_probabilities_of_other_tokens_or_sizes_are_left_out():
+    held = HeldCopies()
+    held.hear("a", copied(1))
+    for start, ids, logprobs in (
+        (0, (7,), (b"7" * 8,)),
+        (1, (8,), ()),
+        (1, (8,), (b"8" * 16,)),
+        (1, (8,), (b"8" * 8, b"9" * 8)),
+        (1, (8, 9), (b"8" * 8, b"9" * 16)),
+        (1, (9,), (b"9" * 8,)),
+    ):
+        held.hear("a", AnswerGrew(DEPLOYMENT, "1", start, ids, logprobs=logprobs))
+    (copy,) = taken(held)
+    assert (list(copy.ids), list(copy.logprobs)) == ([7, 9], [b"7" * 8, b"9" * 8])
+
+
+def test_a_copy_with_log_probabilities_fits_its_message():
+    entries = b"\xff" * (MAX_ENTRIES * ENTRY_BYTES)
+    grew = AnswerGrew(DEPLOYMENT, "a" * 32, 2**20, (2**31,) * answer_copies.WITH_LOGPROBS_AT_ONCE, logprobs=())
+    whole = replace(grew, logprobs=(entries,) * len(grew.ids))
+    assert len(encode(whole, Control)) < MAX_BYTES["AnswerGrew"]
+    assert decode(encode(whole, Control), Control) == whole

@@ -50,7 +50,9 @@ def computed(stage: LoadedStage, *runs: tuple[TokenRun, Sequence[int]]) -> dict[
     ids = np.array([one for _, given in runs for one in given], np.int64)
     result, failed = stage.compute(TokenBatch([run for run, _ in runs], ids))
     assert not failed and isinstance(result, Drawn)
-    return {run.sequence: (token, None if vector is None else vector.tolist()) for run, token, vector in result.each()}
+    return {
+        run.sequence: (token, None if vector is None else vector.tolist()) for run, token, vector, _ in result.each()
+    }
 
 
 def test_vectors_and_answers_in_one_pass() -> None:
@@ -105,7 +107,7 @@ def test_they_cross_the_wire_as_they_are() -> None:
     frame = to_frame(Drawn(runs, [None, 7, None, None], vectors), DEPLOYMENT, SPEC.epoch, SPEC.stages)
     (found,) = from_frame(decode(encode(frame), source_limits(SPEC, WIDTH)))
     assert isinstance(found, Drawn)
-    assert [vector if vector is None else vector.tolist() for _, _, vector in found.each()] == [
+    assert [vector if vector is None else vector.tolist() for _, _, vector, _ in found.each()] == [
         vectors[0].tolist(), None, vectors[1].tolist(), None,
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ ALONE_S = 60.0  # seconds that an answer is computed on without anybody who read
 MAX_KEPT = 256  # answers ...
 MAX_KEPT_OF_ASKER = 192  # ... of one device or address, whatever clients it tells of ...
 MAX_KEPT_OF_CLIENT = 32  # ... and of one client
-MAX_KEPT_TOKENS = 1 << 20  # of all finished answers
+MAX_KEPT_TOKENS = 1 << 20  # of all finished answers, as their sizes count them
 
 
 class ReusedKeyError(BadInputError):
@@ -115,11 +115,11 @@ class AnswerStore:
 
     def _bound_tokens(self) -> None:
         finished = [kept for kept in self._answers.values() if kept.over]
-        tokens = sum(len(kept.ids) for kept in finished)
+        tokens = sum(kept.size for kept in finished)
         for kept in finished[:-1]:
             if tokens <= MAX_KEPT_TOKENS:
                 break
-            tokens -= len(kept.ids)
+            tokens -= kept.size
             self._drop(kept)
 
     def _later(self, seconds: float, kept: KeptAnswer) -> None:

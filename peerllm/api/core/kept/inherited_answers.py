@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Literal, cast
 
@@ -13,12 +13,13 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from peerllm.api.core.answer_events import AnswerBegins
-from peerllm.api.core.generation import CallsWanted, Generation
+from peerllm.api.core.generation import CallsWanted, Generation, TopLogprobs
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import MAX_KEY_CHARS, Repeat
 from peerllm.api.keys import ANSWERS, HOUSEHOLD, TEXTS
 from peerllm.daemon.facade import Chunk, GenerateRequest, InheritedAnswer, ServedModel
 from peerllm.errors import PeerLLMError, UnavailableError
+from peerllm.logprobs import unpacked
 from peerllm.types import DeploymentId
 
 MODEL_WAIT_S = 120.0  # seconds until the model must be served here
@@ -40,13 +41,16 @@ class KeptForm(Struct, frozen=True):
     fleeting: bool
     calls: CallsWanted = CallsWanted()
     grammar: str = ""  # of a constrained answer
+    logprobs: TopLogprobs | None = None  # as in Generation
 
 
 def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation, grammar: str = "") -> str:
     """What is to be kept of an answer: a KeptForm."""
     chat, calls = bool(wanted.messages), wanted.calls()
     key, fingerprint, fleeting = repeat.key, repeat.fingerprint, repeat.fleeting
-    kept = KeptForm(FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar)
+    kept = KeptForm(
+        FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar, wanted.logprobs
+    )
     return msgspec.json.encode(kept).decode()
 
 
@@ -65,6 +69,7 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
     model = await _model(app, answer.deployment)
     assert model.model_dir is not None
     text = await app[TEXTS].model(model.deployment, model.model_dir)
+    ids, logprobs = _known(answer, kept)
     wanted = GenerateRequest(
         deployment=answer.deployment,
         prompt=answer.prompt,
@@ -72,19 +77,33 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         sampling=answer.sampling,
         client=answer.client,
         patience_s=MODEL_WAIT_S,
-        answer=answer.ids,
+        answer=ids,
         kept=answer.kept,
         constraint=text.constraint(kept.grammar),
+        logprobs=kept.logprobs,
+        known_logprobs=logprobs,
     )
     chat = answer.prompt if kept.chat else None
     chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)
-    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls)
+    asked = kept.logprobs is not None
+    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls, asked)
+
+
+def _known(answer: InheritedAnswer, kept: KeptForm) -> tuple[Sequence[int], Sequence[bytes]]:
+    """The ids that are known and their log probabilities; none where those are asked for, but not all there."""
+    if kept.logprobs is None:
+        return answer.ids, ()
+    try:
+        named = [unpacked(one)[0][0] for one in answer.logprobs]
+    except ValueError:
+        named = []
+    return (answer.ids, answer.logprobs) if named == list(answer.ids) else ((), ())
 
 
 async def _chunks(app: web.Application, wanted: GenerateRequest) -> AsyncIterator[Chunk]:
     """All of it: what is known, then what comes."""
     if wanted.answer:
-        yield Chunk(tuple(wanted.answer))
+        yield Chunk(tuple(wanted.answer), logprobs=tuple(wanted.known_logprobs))
     async with aclosing(cast("AsyncGenerator[Chunk]", app[HOUSEHOLD].generate(wanted))) as chunks:
         async for chunk in chunks:
             yield chunk

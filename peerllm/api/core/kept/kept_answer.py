@@ -13,9 +13,12 @@ from peerllm.api.core.generation import CallsWanted
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.text_store import AnswerText
+from peerllm.api.text.tokens.token_bytes import TokenBytes
+from peerllm.api.text.tokens.token_places import TokenPlaces
 from peerllm.daemon.facade import Chunk
 from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError, UnavailableError
+from peerllm.logprobs import ENTRY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,15 @@ class BegunAnswer:
     stops: Sequence[str]
     chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first, and call tools
     calls: CallsWanted
+    logprobs: bool = False  # what is said is told with its tokens
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
         schemas = {tool.name: tool.parameters for tool in self.calls.tools}
         detokenizer = self.text.detokenizer(self.silent, self.chat is not None, bool(schemas))
         reader = self.text.reader(self.chat, schemas, not self.calls.parallel)
-        return GrowingAnswer(detokenizer, StopScanner(self.stops), reader)
+        places = TokenPlaces(TokenBytes(self.text.decoder)) if self.logprobs else None
+        return GrowingAnswer(detokenizer, StopScanner(self.stops), reader, places)
 
 
 @dataclass(slots=True)
@@ -48,6 +53,7 @@ class KeptAnswer:
     fleeting: bool = False
     begun: BegunAnswer | None = None  # None: the prompt is being encoded
     ids: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)  # of each, where they are asked for
     finish: FinishReason | None = None
     error: BaseException | None = None
     reused: int = 0  # tokens of the prompt that were computed for an earlier one
@@ -60,6 +66,11 @@ class KeptAnswer:
     def over(self) -> bool:
         return self.finish is not None or self.error is not None
 
+    @property
+    def size(self) -> int:
+        """Of its ids, and of those that its log probabilities name."""
+        return len(self.ids) * (1 + (len(self.logprobs[0]) // ENTRY_BYTES if self.logprobs else 0))
+
     async def compute(self, begin: asyncio.Future[BegunAnswer]) -> None:
         """Fill it up to its end, or to where nothing of use comes behind it."""
         try:
@@ -70,6 +81,7 @@ class KeptAnswer:
                 async for chunk in chunks:
                     self.queued, self.reused = chunk.queued, max(self.reused, chunk.reused)
                     self.ids += chunk.ids
+                    self.logprobs += chunk.logprobs
                     answer.feed(chunk.ids, chunk.finish)
                     self.finish = chunk.finish or ("stop" if answer.stopped else None)
                     self._changed()
@@ -99,9 +111,10 @@ class KeptAnswer:
         while True:
             # As it is now: what comes while the reader deals with a chunk is the next chunk's, its end above all.
             seen, fresh, finish, error = self._changes, tuple(self.ids[told:]), self.finish, self.error
+            logprobs = tuple(self.logprobs[told : told + len(fresh)])
             told += len(fresh)
             if fresh or finish is not None:
-                yield Chunk(fresh, finish, reused=self.reused)
+                yield Chunk(fresh, finish, reused=self.reused, logprobs=logprobs)
             elif self.queued != queued:
                 queued = self.queued
                 yield Chunk((), queued=queued)

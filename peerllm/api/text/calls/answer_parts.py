@@ -6,15 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 Schemas = Mapping[str, Mapping[str, Any]]  # of the arguments of each tool that is offered, by its name
+
+
+class ToldToken(Struct, frozen=True, array_like=True):
+    """A token of an answer's words, and those that were likeliest in its place: bytes, and log probability.
+
+    `offset`: characters of words before it.
+    """
+
+    data: bytes
+    logprob: float
+    offset: int
+    likeliest: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """`thought`: what the model thinks before it answers."""
+    """`thought`: what the model thinks before it answers. `tokens`: where they were asked for, of what is said."""
 
     text: str
     thought: bool = False
+    tokens: tuple[ToldToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,11 @@ class AnswerReader(Protocol):
         """Whether what comes is of no use."""
         ...
 
+    @property
+    def held(self) -> int:
+        """How many characters at the end of the text are not out, and may yet come out."""
+        ...
+
     def push(self, text: str) -> list[AnswerPart]:
         """What is certain now."""
         ...
@@ -63,7 +83,7 @@ def joined(parts: Iterable[AnswerPart]) -> list[AnswerPart]:
         last = found[-1] if found else None
         if isinstance(part, Words):
             if isinstance(last, Words) and last.thought == part.thought:
-                found[-1] = Words(last.text + part.text, part.thought)
+                found[-1] = Words(last.text + part.text, part.thought, last.tokens + part.tokens)
             elif part.text:
                 found.append(part)
         elif isinstance(part, CallText) and isinstance(last, CallText):

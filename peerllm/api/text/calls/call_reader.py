@@ -28,6 +28,10 @@ class CallReader:
         self._trim = False  # space that comes next is left out
         self.stopped = False
 
+    @property
+    def held(self) -> int:
+        return len(self._blank) + len(self._held)
+
     def push(self, text: str) -> list[AnswerPart]:
         self._held += text
         return self._read(False)

@@ -31,6 +31,10 @@ class HarmonyReader:
         self._empty = False  # a call has no arguments so far
         self.stopped = False
 
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
     def push(self, text: str) -> list[AnswerPart]:
         self._held += text
         return self._read(False)

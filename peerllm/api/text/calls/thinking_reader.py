@@ -21,6 +21,10 @@ class ThinkingReader:
     def stopped(self) -> bool:
         return self._calls is not None and self._calls.stopped
 
+    @property
+    def held(self) -> int:
+        return self._splitter.held + (self._calls.held if self._calls is not None else 0)
+
     def push(self, text: str) -> list[AnswerPart]:
         return self._parts(*self._splitter.push(text))
 

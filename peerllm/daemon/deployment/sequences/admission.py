@@ -159,7 +159,8 @@ class Admission:
             self._end({event.sequence}, EngineError(f"the engine's tokens jump from {known} to {event.start}"))
             self._give_up(event.sequence)
             return
-        now, ids = time.monotonic(), event.ids[known - event.start :]
+        fresh = known - event.start
+        now, ids, logprobs = time.monotonic(), event.ids[fresh:], event.logprobs[fresh:]
         if not sequence.first and ids:
             sequence.first = now
         if ids:
@@ -169,9 +170,8 @@ class Admission:
         lost = event.finish == "error" and self._room is None  # it comes of what the deployment waits for
         if ids or (event.finish is not None and not lost):
             finish = None if lost else event.finish
-            sequence.events.put_nowait(
-                Tokens(self._deployment, sequence.number, known, ids, finish, event.error, event.reused, event.vector)
-            )
+            what = ids, finish, event.error, event.reused, event.vector, logprobs
+            sequence.events.put_nowait(Tokens(self._deployment, sequence.number, known, *what))
         if lost:
             self._resume([sequence.number])
         elif event.finish is not None:
@@ -238,7 +238,7 @@ class Admission:
         self._running[sequence.number] = request.client
         stop_ids = () if request.ignore_stop else room.stop_ids
         prompt, client = tuple(request.prompt), request.client
-        how = (stop_ids, request.sampling, client, known, request.constraint, request.pool)
+        how = (stop_ids, request.sampling, client, known, request.constraint, request.pool, request.logprobs)
         self._tell(Submit(self._deployment, sequence.number, prompt, fits, *how))
         sequence.events.put_nowait(None)
 

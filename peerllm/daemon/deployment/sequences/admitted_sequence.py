@@ -62,7 +62,7 @@ class AdmittedSequence:
                 continue
             if isinstance(event, PeerLLMError):
                 raise event
-            ids = list(event.ids)
+            ids, logprobs = list(event.ids), list(event.logprobs)
             while event.finish is None and not self.events.empty():
                 later = self.events.get_nowait()
                 if isinstance(later, PeerLLMError):
@@ -70,12 +70,14 @@ class AdmittedSequence:
                     break
                 if later is not None:
                     ids += later.ids
+                    logprobs += later.logprobs
                     event = later
             if event.finish == "error":
                 if ids:
-                    yield Chunk(tuple(ids), reused=self.reused)
+                    yield Chunk(tuple(ids), reused=self.reused, logprobs=tuple(logprobs))
                 raise EngineError(event.error or "the engine could not go on")
             if ids or event.finish is not None:
-                yield Chunk(tuple(ids), event.finish, reused=self.reused, vector=event.vector)
+                more = event.vector, tuple(logprobs)
+                yield Chunk(tuple(ids), event.finish, 0, self.reused, *more)
             if event.finish is not None:
                 return

@@ -419,3 +419,29 @@ async def test_an_answer_that_gets_no_more_tokens_is_noticed_and_ends_after_some
     monkeypatch.setattr(module, "STALL_S", 60.0)
     sequences.hear(Tokens(D, prompting, 0, (10,)))
     assert not sequences.stalled()
+
+
+async def test_log_probabilities_come_with_their_tokens_each_once(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    stream = sequences.generate(replace(ask(), logprobs=2))
+    first = await waiting(stream)
+    (submit,) = told
+    assert submit.logprobs == 2
+    sequences.hear(Tokens(D, submit.sequence, 0, (10, 11), logprobs=(b"a", b"b")))
+    found = await first
+    assert (found.ids, found.logprobs) == ((10, 11), (b"a", b"b"))
+    sequences.hear(Tokens(D, submit.sequence, 1, (11, 12), logprobs=(b"b", b"c")))
+    sequences.hear(Tokens(D, submit.sequence, 3, (13,), "length", logprobs=(b"d",)))
+    found = await chunk(stream)
+    assert (found.ids, found.logprobs, found.finish) == ((12, 13), (b"c", b"d"), "length")
+
+
+async def test_log_probabilities_of_what_came_before_an_error_are_told(sequences, told):
+    sequences.open(ServingCapacity(1, 100, 50, ()))
+    stream = sequences.generate(replace(ask(), logprobs=0))
+    first = await waiting(stream)
+    number = told.numbers(Submit)[0]
+    sequences.hear(Tokens(D, number, 0, (10,), logprobs=(b"a",)))
+    sequences.hear(Tokens(D, number, 1, (), "error", "broke"))
+    found = await first
+    assert (found.ids, found.logprobs) == ((10,), (b"a",))
