@@ -260,9 +260,9 @@ class N8n(RawOllama):
         options = {
             "temperature": question.temperature, "top_p": 0.7, "top_k": 40, "num_predict": question.max_tokens,
             "frequency_penalty": 0, "presence_penalty": 0, "repeat_penalty": 1, "num_ctx": 4096, "repeat_last_n": 64,
-            "min_p": 0, "seed": 0, "stop": list(question.stop) or "", "keep_alive": "5m", "low_vram": False, "main_gpu": 0,
-            "num_batch": 512, "num_gpu": -1, "num_thread": 0, "penalize_newline": True, "use_mlock": False,
-            "use_mmap": True, "vocab_only": False, "format": question.form or "",
+            "min_p": 0, "seed": 0, "stop": list(question.stop) or "", "keep_alive": "5m", "low_vram": False,
+            "main_gpu": 0, "num_batch": 512, "num_gpu": -1, "num_thread": 0, "penalize_newline": True,
+            "use_mlock": False, "use_mmap": True, "vocab_only": False, "format": question.form or "",
         }  # fmt: skip
         tools = [{"type": "function", "function": one} for one in question.tools]
         messages = self.messages(question)
