@@ -21,7 +21,6 @@ from typing import Any
 READY_TIMEOUT_S = 120  # importing torch on a busy two-core machine is slow
 COMMAND_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 20
-LOOPBACK = "127.0.0.1:0"
 
 
 class Device:
@@ -35,7 +34,7 @@ class Device:
         memory: str = "2GB",
         options: Sequence[str] = (),
         prefix: Sequence[str] = (),
-        api: str = LOOPBACK,
+        api: str = "127.0.0.1:0",
         port: int = 0,
     ) -> None:
         self.data_dir, self.name, self.prefix = data_dir, name, list(prefix)
@@ -186,10 +185,7 @@ def household(
     prefixes: Mapping[str, Sequence[str]] | None = None,
     apis: Mapping[str, str] | None = None,
 ) -> Iterator[list[Device]]:
-    """Paired devices on loopback, the first one the inviter; ended when the block is left.
-
-    `apis`: where a device listens for clients, if not on loopback.
-    """
+    """Paired devices on loopback, the first one the inviter; ended when the block is left."""
     devices = [
         Device(
             directory / name,
@@ -197,7 +193,7 @@ def household(
             memory=memory if isinstance(memory, str) else memory[name],
             options=options,
             prefix=(prefixes or {}).get(name, ()),
-            api=(apis or {}).get(name, LOOPBACK),
+            api=(apis or {}).get(name, "127.0.0.1:0"),
         )
         for name in names
     ]

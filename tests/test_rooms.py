@@ -13,7 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "peerllm"
 SHARED = {
-    "types", "errors", "codec", "logprobs", "regular_files", "reused_layers", "saved_files", "stored_types",
+    "types", "errors", "chat_templates", "codec", "logprobs", "regular_files", "reused_layers", "saved_files",
+    "stored_types",
     "wrapped_models", "__init__",
 }  # fmt: skip
 ALLOWED = {

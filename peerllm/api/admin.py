@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from peerllm.api.core.generation import Name
 from peerllm.api.error_answers import FieldError, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
 from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
@@ -130,7 +131,7 @@ class StatusQuery(Struct):
 
 
 class ScenarioQuery(Struct):
-    model: MaybeLine = None
+    model: Name
 
 
 def add_admin(app: web.Application) -> None:
@@ -226,7 +227,7 @@ async def stop(request: web.Request, body: ModelBody) -> ChangeMade:
 
 async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, Any]:
     """What a running model was planned for and how its stages do (facade.Household.scenario)."""
-    return await request.app[HOUSEHOLD].scenario(query.model or "")
+    return await request.app[HOUSEHOLD].scenario(query.model)
 
 
 async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:

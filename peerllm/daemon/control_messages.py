@@ -123,6 +123,7 @@ class DeploymentView:
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    abilities: tuple[str, ...] = ()  # of the model, see chat_templates
     idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
 
 
@@ -140,6 +141,7 @@ class DiskModel:
     made: int
     alias: bool = False
     asleep: bool = False
+    abilities: tuple[str, ...] = ()  # besides going on with a text, see chat_templates
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
     Chunk,
@@ -136,6 +137,7 @@ class FakeHousehold:
             model_dir=model_dir,
             context=CONTEXT,
             stop_ids=(END,),
+            abilities=abilities_in(model_dir),
         )
         self.served = [self.model]
         self.token_bytes: dict[int, int] = {}

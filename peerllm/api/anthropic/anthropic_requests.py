@@ -31,14 +31,18 @@ MAX_BLOCKS = 1024  # of one message's content
 
 
 class ResultPart(Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
     text: str | None = None
+
+
+BLOCK_TYPES = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+BlockType = Annotated[str, Meta(extra_json_schema={"enum": list(BLOCK_TYPES)})]
 
 
 class ContentBlock(Struct):
     """One of several kinds: text, a call of a tool (`id`, `name`, `input`), or what came of one."""
 
-    type: str
+    type: BlockType
     text: str | None = None
     id: str = ""
     name: str = ""
@@ -89,12 +93,13 @@ class AnthropicTool(Struct):
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] = {}
+    strict: bool | None = None
 
     def tool(self, where: str) -> OfferedTool:
         if self.type not in (None, "custom"):
             what = f"{where}: tools of type {self.type[:40]!r} are not supported, only functions of your own"
             raise FieldError(what, where, "unsupported_parameter")
-        return OfferedTool(self.name, self.description or "", self.input_schema)
+        return OfferedTool(self.name, self.description or "", self.input_schema, bool(self.strict))
 
 
 class AnthropicChoice(Struct):

@@ -43,9 +43,9 @@ async def begun_answer(
     if wanted.reasoning and not text.thinks:
         raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
     prompt = await _prompt(app, text, wanted, model.context, caller.asker)
-    grammar = (
-        "" if wanted.answer_form is None else await app[TEXTS].grammar(text, wanted.answer_form, text.opened(prompt))
-    )
+    calls, grammar = wanted.calls(), ""
+    if wanted.answer_form is not None or calls.keep:
+        grammar = await app[TEXTS].grammar(text, wanted.answer_form, calls, text.opened(prompt))
     room = model.context - len(prompt)
     begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
     request = GenerateRequest(
@@ -62,7 +62,7 @@ async def begun_answer(
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     chat = prompt if wanted.messages else None
     asked = wanted.logprobs is not None
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, wanted.calls(), asked)
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked)
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:

@@ -11,14 +11,13 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import MAX_NAME_CHARS
 from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
 from peerllm.api.error_answers import FieldError
-from peerllm.api.keys import HOUSEHOLD, TEXTS
+from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.daemon.facade import ServedModel
 
 CPU = "cpu"  # the place of a device without an accelerator
 FAMILY = "peerllm"  # clients look below this name for the context's length
-CAPABILITIES = ("completion",)
 NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
 
 
@@ -67,11 +66,9 @@ def _accelerated(device: dict[str, Any]) -> bool:
     return place != CPU
 
 
-async def shown(app: web.Application, name: str) -> ShownModel:
-    """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
+def shown(app: web.Application, name: str) -> ShownModel:
+    """One of them; UnknownModelError if there is none of that name."""
     model = find_model(app, name)
-    here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
-    more = () if here is None else (("tools", here.chats), ("thinking", here.thinks))
     entry = _entry(model, _deployments(app))
     information: dict[str, Any] = {"general.architecture": FAMILY, "general.basename": model.name}
     if model.context:
@@ -82,7 +79,7 @@ async def shown(app: web.Application, name: str) -> ShownModel:
         "template": "",
         "details": entry["details"],
         "model_info": information,
-        "capabilities": [*CAPABILITIES, *(name for name, can in more if can)],
+        "capabilities": entry["capabilities"],
         "modified_at": entry["modified_at"],
     }
 
@@ -105,7 +102,7 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
             "quantization_level": told.get("weights", ""),
         },
         "context_length": model.context,
-        "capabilities": list(CAPABILITIES),
+        "capabilities": ["completion", *model.abilities],
     }
 
 

@@ -21,13 +21,13 @@ from peerllm.api.core.generation import (
     checked,
 )
 from peerllm.api.error_answers import FieldError
-from peerllm.api.openai.openai_fields import NAMES, Flag, OpenAIFields, copies
+from peerllm.api.openai.openai_fields import NAMES, Flag, NoList, NoObject, OpenAIFields, copies
 
 MAX_PARTS = 1024  # of one message's content
 
 
 class ContentPart(Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"const": "text"})]
     text: str | None = None
 
 
@@ -132,11 +132,11 @@ class ChatBody(OpenAIFields, kw_only=True):
     response_format: FormatBody | None = None
     logprobs: Flag = None
     top_logprobs: TopLogprobs | None = None
-    functions: list[Any] | None = None
-    audio: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
-    web_search_options: dict[str, Any] | None = None
-    modalities: list[str] | None = None
+    functions: NoList | None = None
+    audio: NoObject | None = None
+    prediction: NoObject | None = None
+    web_search_options: NoObject | None = None
+    modalities: Annotated[list[str], Meta(extra_json_schema={"const": ["text"]})] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: TemplateSwitches | None = None
 

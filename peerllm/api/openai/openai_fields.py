@@ -31,6 +31,9 @@ from peerllm.api.error_answers import FieldError
 Stops = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None
 Answers = Annotated[int, Meta(ge=1, le=MAX_ANSWERS)]
 Flag = bool | None
+# What is refused with a clear line, unless it is empty.
+NoObject = Annotated[dict[str, Any], Meta(extra_json_schema={"maxProperties": 0})]
+NoList = Annotated[list[Any], Meta(extra_json_schema={"maxItems": 0})]
 # What OpenAI calls a Generation's fields.
 NAMES: Mapping[str, str] = {"answer_form": "response_format", "parallel_calls": "parallel_tool_calls"}
 
@@ -56,7 +59,7 @@ class OpenAIFields(Struct, kw_only=True):
     presence_penalty: PresencePenalty | None = None
     frequency_penalty: FrequencyPenalty | None = None
     seed: AnySeed | None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: NoObject | None = None
     return_token_ids: Flag = None
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peerllm.chat_templates import POOLING_FILE
 from peerllm.errors import ModelError
 from peerllm.regular_files import read_regular
 from peerllm.types import Pooling
 
-FILE = Path("1_Pooling") / "config.json"  # as sentence-transformers writes it
 MAX_BYTES = 64 << 10
 _MODES: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
 
@@ -17,7 +17,7 @@ _MODES: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_
 def pooling_of(model_dir: Path) -> Pooling:
     """The mean where nothing is said; ModelError for ways that are not known here."""
     try:
-        said = json.loads(read_regular(model_dir / FILE, MAX_BYTES))
+        said = json.loads(read_regular(model_dir / POOLING_FILE, MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return "mean"
     if not isinstance(said, dict):
@@ -26,5 +26,5 @@ def pooling_of(model_dir: Path) -> Pooling:
     if not modes:
         return "mean"
     if len(modes) > 1 or modes[0] not in _MODES:
-        raise ModelError(f"its {FILE} asks for {' and '.join(modes)[:200]}, which cannot be done here")
+        raise ModelError(f"its {POOLING_FILE} asks for {' and '.join(modes)[:200]}, which cannot be done here")
     return _MODES[modes[0]]

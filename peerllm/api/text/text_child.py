@@ -45,7 +45,8 @@ class TextWork:
                 )
                 return {"ids": text.prompt(question["prompt"], *options)}
             if "form" in question:
-                return {"grammar": text.grammar(json.loads(question["form"]), question["opened"])}
+                form, calls = json.loads(question["form"])
+                return {"grammar": text.grammar(form, calls, question["opened"])}
             told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
             return {**told, "form": text.form.name if text.form is not None else None}
         except PeerLLMError as error:

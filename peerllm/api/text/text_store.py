@@ -22,15 +22,17 @@ from tokenizers import Tokenizer
 from peerllm.api.error_answers import FieldError
 from peerllm.api.text.calls.answer_parts import AnswerReader, Schemas
 from peerllm.api.text.calls.call_forms import FORMS, CallForm
+from peerllm.api.text.calls.call_patterns import ToolSchemaError
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import PromptLengthError
-from peerllm.api.text.reasoning import Marks, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
+from peerllm.chat_templates import Marks
 from peerllm.engine.messages import Constraint
 from peerllm.errors import BadInputError, ModelError, OverloadedError
 from peerllm.types import DeploymentId
@@ -79,13 +81,18 @@ class AnswerText:
     def thinks(self) -> bool:
         return self.marks is not None or self.form is FORMS["harmony"]
 
-    def reader(self, chat: Sequence[int] | None, schemas: Schemas, one_call: bool = False) -> AnswerReader:
-        """For one answer to this prompt, with these tools; None: to a text, whose continuation is not divided."""
+    def reader(
+        self, chat: Sequence[int] | None, schemas: Schemas, one_call: bool = False, kept: bool = False
+    ) -> AnswerReader:
+        """For one answer to this prompt, with these tools; None: to a text, whose continuation is not divided.
+
+        `kept`: masks keep the calls.
+        """
         if chat is None or self.form is None:
             return ThinkingReader(ReasoningSplitter(None, False))
         if self.form is FORMS["harmony"]:
             return HarmonyReader(bool(schemas), one_call)
-        calls = CallReader(self.form, schemas, one_call) if schemas else None
+        calls = CallReader(self.form.kept if kept else self.form, schemas, one_call) if schemas else None
         if self.marks is None:
             return ThinkingReader(ReasoningSplitter(None, False), calls)
         return ThinkingReader(ReasoningSplitter(self.marks, self.opened(chat)), calls)
@@ -159,9 +166,11 @@ class TextStore:
         finally:
             self._waiting -= 1
 
-    async def grammar(self, text: AnswerText, form: Struct, opened: bool) -> str:
-        """What keeps an answer in its form (generation.AnswerForm); FieldError with the reason if nothing can."""
-        data = msgspec.json.encode(form).decode()
+    async def grammar(self, text: AnswerText, form: Struct | None, calls: Struct, opened: bool) -> str:
+        """What keeps an answer in its form (generation.AnswerForm), and calls to theirs (generation.CallsWanted);
+        FieldError with the reason if nothing can.
+        """
+        data = msgspec.json.encode((form, calls)).decode()
         question = {"model_dir": str(text.model_dir), "form": data, "opened": opened}
         answer: str = (await self._ask(question, len(data)))["grammar"]
         return answer
@@ -177,6 +186,8 @@ class TextStore:
             if error == PromptLengthError.__name__:
                 name = "prompt" if isinstance(question["prompt"], str) else "messages"
                 raise FieldError(answer["message"], name, "context_length_exceeded")
+            if error == ToolSchemaError.__name__:
+                raise FieldError(answer["message"], "tools", "invalid_schema")
             if "form" in question:
                 raise FieldError(answer["message"], "response_format", "invalid_schema")
             raise _ERRORS.get(error, BadInputError)(answer["message"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.demand import check_options
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import Surroundings
@@ -23,6 +25,7 @@ class ModelAtHand:
     inspected: Inspected
     directory: Path
     form: str
+    abilities: tuple[str, ...] = ()  # see chat_templates
 
 
 class DescribedModel:
@@ -32,6 +35,7 @@ class DescribedModel:
         self.inspected = at_hand.inspected if at_hand is not None else None
         self.model_dir = at_hand.directory if at_hand is not None else None
         self.form = at_hand.form if at_hand is not None else ""  # the quantisation of its GGUF files, see ModelOnDisk
+        self.abilities = at_hand.abilities if at_hand is not None else ()  # see chat_templates
         self._missing_bytes = 0  # of its files, on this disk
         self._options, self._around, self._say = options, around, say
 
@@ -69,5 +73,10 @@ class DescribedModel:
         self._say(f"reading {options.model}", None)
         inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
         check_options(options, inspected)
+<<<<<<< HEAD
         named = replace(inspected.profile, name=short_name(options.model))  # not its directory, which may be a hash
         return replace(inspected, profile=named)
+=======
+        self.abilities = await asyncio.to_thread(abilities_in, directory)
+        return inspected
+>>>>>>> main
