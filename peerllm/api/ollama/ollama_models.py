@@ -120,7 +120,7 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
         "model": name,
         "modified_at": stamp(model.created),
         "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())) or model.disk_bytes,
-        "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
+        "digest": hashlib.sha256(f"{name} {model.model}".encode()).hexdigest(),  # whether it runs or not
         "details": {
             "parent_model": "",
             "format": about.file_format,
