@@ -25,6 +25,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, MeasuredSpeed, Preview
 from peerllm.errors import PeerLLMError
 from peerllm.types import Activations, Objective, ScheduleName
 
@@ -144,20 +145,20 @@ def add_admin(app: web.Application) -> None:
         ApiRoute("GET", f"{prefix}/engine", engine),
         ApiRoute("GET", f"{prefix}/process", process),
         ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
-        ApiRoute("GET", f"{prefix}/events", events, {SSE: dict[str, Any]}, heads=False),
+        ApiRoute("GET", f"{prefix}/events", events, {SSE: HouseholdStatus}, heads=False),
         change(f"{prefix}/invite", invite),
         change(f"{prefix}/join", join),
         change(f"{prefix}/leave", leave),
         change(f"{prefix}/remove", remove),
         change(f"{prefix}/bench", bench),
-        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, dict[str, Any])}),
+        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, Preview)}),
         change(f"{prefix}/run", run, {LINES: (ProgressLine, StartedModel)}),
         change(f"{prefix}/stop", stop),
         change(f"{prefix}/trace", trace, {JSON: dict[str, Any]}),
     )
 
 
-async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
+async def status(request: web.Request, *, query: StatusQuery) -> HouseholdStatus:
     """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
     if query.wait:
@@ -168,7 +169,7 @@ async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
     return household.status()
 
 
-async def engine(request: web.Request) -> dict[str, Any]:
+async def engine(request: web.Request) -> EngineStatus:
     """What this device's engine holds now."""
     return await request.app[HOUSEHOLD].engine()
 
@@ -230,7 +231,7 @@ async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, A
     return await request.app[HOUSEHOLD].scenario(query.model)
 
 
-async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:
+async def bench(request: web.Request, body: BenchBody) -> MeasuredSpeed:
     """Measure how fast a model answers; ends with its client."""
     sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
     with request.app[TASKS].stream(request.remote or ""):
@@ -255,7 +256,7 @@ async def plan(request: web.Request, body: RunBody) -> web.StreamResponse:
     options = body.options()
     household = request.app[HOUSEHOLD]
 
-    async def work(note: Note) -> dict[str, Any]:
+    async def work(note: Note) -> Preview:
         return await household.preview(options, note)
 
     return await _lines(request, work, f"api: plan {options.model[:80]}")

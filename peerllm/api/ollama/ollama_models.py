@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade_objects import DeploymentStatus, DeviceStatus, StageStatus
 
 CPU = "cpu"  # the place of a device without an accelerator
 FAMILY = "peerllm"  # clients look below this name for the context's length
@@ -50,20 +52,15 @@ def running(app: web.Application) -> LoadedModels:
             {
                 **_entry(model, facts),
                 "expires_at": stamp(model.expires) if model.expires else NEVER,
-                "size_vram": sum(
-                    one["memory_bytes"]
-                    for one in facts.get(model.deployment, {}).get("plan", {}).get("stages", ())
-                    if one["device"] in accelerated
-                ),
+                "size_vram": sum(one["memory_bytes"] for one in _stages(model, facts) if one["device"] in accelerated),
             }
             for model in reversed(serving.values())
         ]
     }
 
 
-def _accelerated(device: dict[str, Any]) -> bool:
-    place: str = device.get("compute", {}).get("place", CPU)
-    return place != CPU
+def _accelerated(device: DeviceStatus) -> bool:
+    return device["compute"].get("place", CPU) != CPU
 
 
 def shown(app: web.Application, name: str) -> ShownModel:
@@ -84,14 +81,14 @@ def shown(app: web.Application, name: str) -> ShownModel:
     }
 
 
-def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
+def _entry(model: ServedModel, facts: Mapping[str, DeploymentStatus]) -> OllamaModel:
     name = model.name if ":" in model.name else model.name + ANY_TAG
-    told = facts.get(model.deployment, {})
+    told = facts.get(model.deployment)
     return {
         "name": name,
         "model": name,
         "modified_at": stamp(model.created),
-        "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())) or model.disk_bytes,
+        "size": sum(one["memory_bytes"] for one in _stages(model, facts)) or model.disk_bytes,
         "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
         "details": {
             "parent_model": "",
@@ -99,12 +96,16 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
             "family": FAMILY,
             "families": [FAMILY],
             "parameter_size": "",
-            "quantization_level": told.get("weights", ""),
+            "quantization_level": told["weights"] if told is not None else "",
         },
         "context_length": model.context,
         "capabilities": ["completion", *model.abilities],
     }
 
 
-def _deployments(app: web.Application) -> dict[str, dict[str, Any]]:
+def _stages(model: ServedModel, facts: Mapping[str, DeploymentStatus]) -> Sequence[StageStatus]:
+    return facts[model.deployment]["plan"]["stages"] if model.deployment in facts else ()
+
+
+def _deployments(app: web.Application) -> dict[str, DeploymentStatus]:
     return {one["id"]: one for one in app[HOUSEHOLD].status()["deployments"]}
