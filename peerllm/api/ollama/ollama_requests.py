@@ -91,13 +91,8 @@ class OllamaFields(Struct, kw_only=True):
         most, stop = options.num_predict or 0, options.stop
         return {
             "model": self.model,
-<<<<<<< HEAD
-            "max_tokens": most if most > 0 else None,
-            "stops": tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one),
-=======
             "max_tokens": min(most, MAX_TOKENS) if most > 0 else None,
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
->>>>>>> main
+            "stops": tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,

@@ -73,10 +73,6 @@ class DescribedModel:
         self._say(f"reading {options.model}", None)
         inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
         check_options(options, inspected)
-<<<<<<< HEAD
+        self.abilities = await asyncio.to_thread(abilities_in, directory)
         named = replace(inspected.profile, name=short_name(options.model))  # not its directory, which may be a hash
         return replace(inspected, profile=named)
-=======
-        self.abilities = await asyncio.to_thread(abilities_in, directory)
-        return inspected
->>>>>>> main

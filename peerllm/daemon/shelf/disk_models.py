@@ -82,14 +82,9 @@ def _found(data_dir: Path) -> tuple[DiskModel, ...]:
             if files:
                 about = [one.stat() for one in files]
                 size, made = sum(one.st_size for one in about), max(int(one.st_mtime) for one in about)
-<<<<<<< HEAD
                 name = short if (short := short_name(model)).lower() not in taken else model
                 taken.add(name.lower())
-                found.append(DiskModel(name, model, size, made))
-=======
-                name = short_name(model) if Path(model).is_absolute() else model
                 found.append(DiskModel(name, model, size, made, abilities=_abilities(paths[0], made)))
->>>>>>> main
         except OSError as error:
             log.debug("%s: %s", model, error)
     return tuple(found[:MAX_LISTED])
