@@ -183,6 +183,7 @@ def household(
     memory: str | Mapping[str, str] = "2GB",
     options: Sequence[str] = ("--no-mdns",),
     prefixes: Mapping[str, Sequence[str]] | None = None,
+    apis: Mapping[str, str] | None = None,
 ) -> Iterator[list[Device]]:
     """Paired devices on loopback, the first one the inviter; ended when the block is left."""
     devices = [
@@ -192,6 +193,7 @@ def household(
             memory=memory if isinstance(memory, str) else memory[name],
             options=options,
             prefix=(prefixes or {}).get(name, ()),
+            api=(apis or {}).get(name, "127.0.0.1:0"),
         )
         for name in names
     ]

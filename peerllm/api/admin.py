@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.core.generation import Name
+from peerllm.api.core.named_models import device_name
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
-from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
+from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
 from peerllm.api.streams import KEEP_ALIVE_S, LINES, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
@@ -109,6 +111,7 @@ class Invitation(TypedDict):
 class ProcessFacts(TypedDict):
     pid: int
     tasks: int
+    answers: int
 
 
 class ProgressLine(TypedDict):
@@ -130,7 +133,7 @@ class StatusQuery(Struct):
 
 
 class ScenarioQuery(Struct):
-    model: MaybeLine = None
+    model: Name
 
 
 def add_admin(app: web.Application) -> None:
@@ -164,7 +167,11 @@ async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
-    return household.status()
+    return _status(request.app)
+
+
+def _status(app: web.Application) -> dict[str, Any]:
+    return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
 
 
 async def engine(request: web.Request) -> dict[str, Any]:
@@ -173,21 +180,21 @@ async def engine(request: web.Request) -> dict[str, Any]:
 
 
 async def process(request: web.Request) -> ProcessFacts:
-    """This daemon's process, its asyncio tasks counted; for who sits at this machine."""
+    """This daemon's process, its asyncio tasks and kept answers counted; for who sits at this machine."""
     if not is_loopback(request.remote or ""):
         raise NotHereError("this is told on the device itself only")
-    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks())}
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "answers": len(request.app[ANSWERS])}
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
-                    await stream.send(household.status())
+                    await stream.send(_status(request.app))
                 else:
                     await stream.comment("unchanged")
     return await stream.end()
@@ -226,7 +233,7 @@ async def stop(request: web.Request, body: ModelBody) -> ChangeMade:
 
 async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, Any]:
     """What a running model was planned for and how its stages do (facade.Household.scenario)."""
-    return await request.app[HOUSEHOLD].scenario(query.model or "")
+    return await request.app[HOUSEHOLD].scenario(query.model)
 
 
 async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:
@@ -291,7 +298,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, LINES, household_error)
+    stream = Stream(request, LINES, failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

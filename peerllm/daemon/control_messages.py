@@ -123,6 +123,7 @@ class DeploymentView:
     succeeds: DeploymentId = ""  # the deployment that this one was begun anew for
     stays: bool = False  # its coordinator gives way to no other that goes on with the same
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    abilities: tuple[str, ...] = ()  # of the model, see chat_templates
     idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
     on_demand: bool = False  # a request started it, and no person
     family: str = ""  # the model's architecture; "": not known yet
@@ -143,6 +144,7 @@ class DiskModel:
     made: int
     alias: bool = False
     asleep: bool = False
+    abilities: tuple[str, ...] = ()  # besides going on with a text, see chat_templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,6 +439,15 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Computing:
+    """A coordinator tells the devices of a plan which request they compute for from now on, for their logs."""
+
+    deployment: DeploymentId
+    sequence: int
+    request: str  # its id (request_ids.py)
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerCopied:
     """A coordinator tells its successor of an answer under way that has a key; ids that come follow (AnswerGrew)."""
 
@@ -464,5 +475,5 @@ class AnswerGrew:
 
 Control = (
     Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
-    | Progress | Trouble | AnswerCopied | AnswerGrew
+    | Progress | Trouble | AnswerCopied | AnswerGrew | Computing
 )  # fmt: skip

@@ -99,6 +99,7 @@ class ServedModel:
     source: DeviceId = ""  # the device that answers for it; "": this one, or none now
     names: frozenset[str] = frozenset()  # in lower case, all by which it is understood besides
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
+    abilities: tuple[str, ...] = ()  # besides going on with a text: "tools", "thinking", "embedding"
     disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
     details: ModelDetails = ModelDetails()
 

@@ -24,6 +24,14 @@ def ask(**more: Any) -> dict[str, Any]:
     return {"model": "builtin", "messages": HI, **more}
 
 
+async def test_whole_numbers_may_have_a_point(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    """JSON knows one kind of number, and so do some clients."""
+    body = b'{"model": "builtin", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4.0, "top_k": 2e1}'
+    async with client.post(PATH, data=body, headers={"Content-Type": "application/json"}) as response:
+        assert response.status == 200
+    assert (household.requests[-1].max_tokens, household.requests[-1].sampling.top_k) == (4, 20)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI}, "model"),
     ({"model": 5, "messages": HI}, "model"),

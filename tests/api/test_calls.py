@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from peerllm.api.text.calls.answer_parts import AnswerPart, AnswerReader, CallName, CallText, Words, joined
 from peerllm.api.text.calls.call_forms import FORMS, form_of
-from peerllm.api.text.calls.call_patterns import call_patterns
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
-from peerllm.api.text.reasoning import MARKS, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
+from peerllm.chat_templates import MARKS
 from tests.sizes import examples
 
 PARAMETERS = {"city": {"type": "string"}, "days": {"type": "integer"}, "where": {"type": "object"}}
@@ -141,6 +141,8 @@ CASES: list[tuple[str, str, Heard]] = [
      [CALL]),
     ("lfm", "<|tool_call_start|>[weather(city=\"Paris\", days=3), now()]<|tool_call_end|>Ok.",
      [CALL, JUST_NOW, ("", "Ok.")]),
+    ("lfm", '<|tool_call_start|>[weather{"city": "\\u00e9\\ud83d\\ude00\\/\\b\\x"}]<|tool_call_end|>',
+     [("weather", {"city": "é😀/\bx"})]),
     ("lfm", "<|tool_call_start|>[weather(city='it\\'s', where={\"a\": [1, 2]})]<|tool_call_end|>",
      [("weather", {"city": "it's", "where": {"a": [1, 2]}})]),
     ("lfm", f"<|tool_call_start|>[now(a={'[' * 99})]<|tool_call_end|>",
@@ -269,17 +271,6 @@ def test_a_call_behind_a_thought() -> None:
 ])  # fmt: skip
 def test_the_template_and_the_tokens_show_the_form(template: str, tokens: list[str], form: str) -> None:
     assert form_of(template, tokens).name == form
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_patterns_are_read_as_calls(form: str) -> None:
-    """What a mask makes of a choice is a call of that tool, with nothing around it."""
-    patterns = call_patterns(FORMS[form], SCHEMAS)
-    assert [one.name for one in patterns] in ([], list(SCHEMAS))
-    assert bool(patterns) == (form not in {"gemma 4", "functiongemma", "lfm", "tagged functions", "tagged keys"})
-    for one in patterns:
-        assert one.schema is SCHEMAS[one.name]
-        assert heard(form, f"{one.before}{json.dumps(PARIS)}{one.behind}") == [(one.name, PARIS)]
 
 
 def test_long_arguments_take_no_time() -> None:

@@ -242,6 +242,19 @@ async def test_every_change_on_loopback_needs_more_than_json(server: ApiServer, 
     assert not household.calls
 
 
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "TRACE", "DELETE", "OPTIONS"])
+async def test_a_method_that_no_route_takes_is_refused_with_those_it_takes(
+    server: ApiServer, exposed: ApiServer, method: str
+) -> None:
+    """Also without JSON's content type; the token comes first."""
+    async with aiohttp.ClientSession() as session:
+        for path, allowed in (("/v1/models", {"GET", "HEAD"}), ("/peerllm/v1/leave", {"POST"})):
+            async with session.request(method, server.url + path) as response:
+                assert response.status == 405 and set(response.headers["Allow"].split(",")) == allowed
+            async with session.request(method, exposed.url + path) as response:
+                assert response.status == 401
+
+
 async def test_preflights_are_never_granted(server: ApiServer, household: FakeHousehold) -> None:
     for _, path in routes(household):
         headers = {

@@ -199,7 +199,7 @@ async def test_another_body_under_the_same_key_is_422(client: aiohttp.ClientSess
 
 
 @pytest.mark.parametrize("headers", [
-    {"Idempotency-Key": ""}, {"Idempotency-Key": "x" * 256}, {**KEY, "Last-Event-ID": "-1"},
+    {"Idempotency-Key": ""}, {"Idempotency-Key": "x" * 256}, {"Last-Event-ID": "x"}, {**KEY, "Last-Event-ID": "-1"},
     {**KEY, "Last-Event-ID": "9" * 11}, {**KEY, "Last-Event-ID": "END"}, {**KEY, "Last-Event-ID": ""},
 ])  # fmt: skip
 async def test_headers_that_cannot_be_used(
@@ -208,6 +208,14 @@ async def test_headers_that_cannot_be_used(
     async with client.post(PATH, json=ASK, headers=headers) as response:
         assert response.status == 400 and (await response.json())["error"]["param"] in headers
     assert not household.requests
+
+
+@pytest.mark.parametrize("route", ["chat", "generate"])
+async def test_a_key_that_cannot_be_used_is_refused_also_where_a_model_is_loaded(
+    client: aiohttp.ClientSession, route: str
+) -> None:
+    async with client.post(f"/api/{route}", json={"model": "builtin"}, headers={"Idempotency-Key": "é"}) as response:
+        assert response.status == 400 and "Idempotency-Key" in (await response.json())["error"]
 
 
 async def test_an_answer_that_failed_is_computed_anew(client: aiohttp.ClientSession, household: FakeHousehold) -> None:

@@ -264,10 +264,17 @@ async def test_wrong_routes_have_the_same_shape(client: aiohttp.ClientSession, p
     ("given", "seconds"),
     [(None, None), ("", None), (0, 0.0), (300, 300.0), (1.5, 1.5), (-1, -1.0), (-300, -1.0), ("300s", 300.0),
      ("5m", 300.0), ("-1", -1.0), ("-1m", -1.0), ("1h30m", 5400.0), ("1.5h", 5400.0), ("300", 300.0), ("0", 0.0),
-     ("100ms", 0.1)],
+     ("100ms", 0.1), (1e300, -1.0), (float("inf"), -1.0), (10**400, -1.0), (-(10**400), -1.0), ("9" * 60, -1.0)],
 )  # fmt: skip
 def test_keep_alive(given: Any, seconds: float | None) -> None:
     assert seconds_of(given) == (pytest.approx(seconds) if seconds is not None else None)
+
+
+async def test_more_tokens_than_can_be_counted(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
+    body = {**ASK, "prompt": "x", "options": {"num_predict": 10**30}}
+    async with client.post("/api/generate", json=body) as response:
+        assert response.status == 200
+    assert household.requests[-1].max_tokens < CONTEXT
 
 
 @pytest.mark.parametrize("given", ["soon", "5 m", "m", "1h30", "--1", "1" * 400, "nan", "inf"])

@@ -72,8 +72,13 @@ async def test_what_says_nothing_loads_or_unloads(lama: ollama.AsyncClient, hous
 async def test_lists_have_what_is_on_disk_and_ps_what_is_loaded(
     lama: ollama.AsyncClient, household: FakeHousehold, client: Any
 ) -> None:
-    household.served = [on_disk("smollm2"), replace(household.model, expires=1_700_000_300)]
+    idle = replace(on_disk("smollm2"), abilities=("tools", "embedding"))
+    household.served = [idle, replace(household.model, expires=1_700_000_300)]
     tags = (await lama.list()).models
+    async with client.get("/api/tags") as response:
+        capabilities = [one["capabilities"] for one in (await response.json())["models"]]
+    assert capabilities == [["completion", "tools"], ["completion", "tools", "embedding"]]
+    assert [(await lama.show(str(one.model))).capabilities for one in tags] == capabilities
     assert [one.model for one in tags] == ["builtin:latest", "smollm2:latest"]
     assert tags[1].size == 1234
     assert tags[1].details is not None and tags[1].details.parameter_size == "135M"

@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from peerllm.api.server import ApiServer
-from peerllm.api.text.reasoning import MARKS, ReasoningSplitter, marks_of
+from peerllm.api.text.reasoning import ReasoningSplitter
+from peerllm.chat_templates import MARKS, marks_of
 from tests.api.fake import TEMPLATE, FakeHousehold, make_model_dir
 from tests.api.test_inherited_answers import left
 from tests.api.test_kept_answers import KEY, parsed, whole

@@ -165,10 +165,77 @@ async def test_the_choice_of_none_tells_the_model_of_no_tools(
         assert "weather" not in household.tokenizer.decode(request.prompt)
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
-async def test_other_choices_are_answered(ai: openai.AsyncOpenAI, choice: Any) -> None:
-    made = await ai.chat.completions.create(model="builtin", messages=HI, tools=OPENAI, tool_choice=choice)
-    assert made.choices[0].finish_reason == "tool_calls"
+def rules(household: FakeHousehold) -> str | None:
+    """Of the last request's grammar."""
+    constraint = household.requests[-1].constraint
+    return None if constraint is None else json.loads(constraint.grammar)["grammars"][0]["lark_grammar"]
+
+
+async def test_what_is_too_large_to_be_kept_is_refused(ai: openai.AsyncOpenAI) -> None:
+    large = {"description": "x" * (256 << 10), "type": "object"}
+    tools: Any = [{"type": "function", "function": {"name": "large", "parameters": large, "strict": True}}]
+    with pytest.raises(openai.BadRequestError, match="larger than 256 KiB: offer fewer") as caught:
+        await ai.chat.completions.create(model="builtin", messages=HI, tools=tools)
+    assert caught.value.param == "tools"
+
+
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+STRICT: Any = [{"type": "function", "function": {**FUNCTION, "strict": True}}]
+JSON_FORM: Any = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "start", "calls"),
+    [
+        ({"tools": OPENAI, "tool_choice": "auto"}, None, 2),
+        ({"tools": OPENAI, "tool_choice": "required"}, "start: calls", 2),
+        ({"tools": OPENAI, "tool_choice": "required", "parallel_tool_calls": False}, "start: calls", 1),
+        ({"tools": OPENAI, "tool_choice": "required", "response_format": JSON_FORM}, "start: calls", 2),
+        ({"tools": OPENAI, "tool_choice": NAMED}, "start: calls", 1),
+        ({"tools": STRICT}, "start: free", 2),
+        ({"tools": STRICT, "tool_choice": "none"}, None, 0),
+        ({"tools": OPENAI, "response_format": JSON_FORM}, "start: (calls | @body)", 2),
+    ],
+)
+async def test_masks_keep_what_was_chosen(
+    ai: openai.AsyncOpenAI, household: FakeHousehold, fields: Any, start: str | None, calls: int
+) -> None:
+    choice = (await ai.chat.completions.create(model="builtin", messages=HI, **fields)).choices[0]
+    assert len(choice.message.tool_calls or ()) == calls
+    found = rules(household)
+    assert (found is None) == (start is None)
+    if found is not None and start is not None:
+        assert found.replace("  ", " ").startswith(start + "\n")
+        assert ("{0,15}" in found) == (calls == 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "start"),
+    [
+        ({"tool_choice": {"type": "any"}}, "start: calls"),
+        ({"tool_choice": {"type": "tool", "name": "weather"}}, "start: calls"),
+        ({"tools": [{**ANTHROPIC[0], "strict": True}]}, "start: free"),
+        ({}, None),
+    ],
+)
+async def test_masks_keep_what_was_chosen_of_claude(
+    claude: anthropic.AsyncAnthropic, household: FakeHousehold, fields: Any, start: str | None
+) -> None:
+    asked: Any = {"model": "builtin", "max_tokens": 999, "messages": HI, "tools": ANTHROPIC, **fields}
+    await claude.messages.create(**asked)
+    found = rules(household)
+    assert found == start if found is None or start is None else found.replace("  ", " ").startswith(start + "\n")
+
+
+async def test_a_schema_that_cannot_be_kept_matters_only_where_it_is_to_be(ai: openai.AsyncOpenAI) -> None:
+    function: Any = {"name": "odd", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    asked: Any = {"model": "builtin", "messages": HI}
+    await ai.chat.completions.create(**asked, tools=[{"type": "function", "function": function}])
+    for fields in ({"strict": True}, {}):
+        tools: Any = [{"type": "function", "function": {**function, **fields}}]
+        with pytest.raises(openai.BadRequestError, match=r"the arguments of 'odd' .*Unimplemented keys") as caught:
+            await ai.chat.completions.create(**asked, tools=tools, tool_choice="auto" if fields else "required")
+        assert (caught.value.param, caught.value.code) == ("tools", "invalid_schema")
 
 
 async def test_of_several_tools_the_chosen_one(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:

@@ -23,7 +23,7 @@ FIRST_TOKENS = 20
 ANSWER_S = 10.0  # another device answers within this
 SETTLE_S = 12.0  # in which a device that is back would be taken in
 REQUESTS: tuple[dict[str, Any], ...] = (
-    body("Tell me a story about a fox.", TOKENS, stream=True),
+    body("Tell me a story about a fox.", TOKENS, stream=True, logprobs=True, top_logprobs=3),
     body("Tell me a story.", TOKENS, stream=True, temperature=0.9, seed=3, frequency_penalty=0.4),
 )
 
@@ -61,8 +61,12 @@ async def streamed(
     last: str = "",
     until: int | None = None,
     begun: asyncio.Event | None = None,
+    chances: list[float] | None = None,
 ) -> tuple[list[int], str]:
-    """Token ids, and the last event's id; up to `until` ids. `begun` is set when FIRST_TOKENS are there."""
+    """Token ids, and the last event's id; up to `until` ids. `begun` is set when FIRST_TOKENS are there.
+
+    `chances` gets the log probabilities that are told.
+    """
     ids, seen = list[int](), last
     headers = ({"Idempotency-Key": key} if key else {}) | ({"Last-Event-ID": last} if last else {})
     async with (
@@ -79,6 +83,8 @@ async def streamed(
                 assert "error" not in event, event
                 for choice in event["choices"]:
                     ids += choice.get("token_ids", [])
+                    if chances is not None and choice["logprobs"]:
+                        chances += [one["logprob"] for one in choice["logprobs"]["content"]]
             if until is not None and len(ids) >= until:
                 break
             if begun is not None and len(ids) >= FIRST_TOKENS:
@@ -101,21 +107,24 @@ def test_the_coordinator_of_three_is_killed(devices: list[Device]) -> None:
 
 
 async def _killed(first: Device, second: Device, third: Device) -> None:
-    undisturbed = [(await streamed(third, request))[0] for request in REQUESTS]
+    known, seen = list[float](), list[float]()
+    undisturbed = [(await streamed(third, request, chances=known))[0] for request in REQUESTS]
+    assert len(known) > TOKENS // 2  # tokens that end an answer have none
     wait("two followers", lambda: all("can follow" in one.log_tail() for one in (second, third)))
     with_key, without = REQUESTS
     flowing = asyncio.Event()
     reading = asyncio.create_task(streamed(third, without, begun=flowing))
     await flowing.wait()
-    had, last = await streamed(third, with_key, "key", until=FIRST_TOKENS)
+    had, last = await streamed(third, with_key, "key", until=FIRST_TOKENS, chances=seen)
     assert not reading.done()
     first.kill()
     killed = time.monotonic()
     await streamed(third, body("Hello", 3, stream=True))
     assert time.monotonic() - killed < ANSWER_S
     for device in (third, second):
-        rest, _ = await streamed(device, with_key, "key", last)
+        rest, _ = await streamed(device, with_key, "key", last, chances=(told := list[float]()))
         assert had + rest == undisturbed[0]
+        assert seen + told == pytest.approx(known, abs=1e-3)
     assert (await reading)[0] == undisturbed[1], "a stream that was read on another device went on"
 
 

@@ -11,9 +11,12 @@ import pytest
 
 from peerllm.daemon.deployment.model_files import ModelOnDisk
 from peerllm.daemon.facade import IDLE_MODEL
+from peerllm.daemon.shelf.disk_models import DiskModels
 from peerllm.daemon.shelf.model_shelf import FILE, MAX_ALIASES, MAX_PULLS, ModelShelf, meant
 from peerllm.daemon.status.household_models import idle_models
+from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.errors import BadInputError, NotFoundError, OverloadedError, UnavailableError
+from tests.daemon.weights.gguf.gguf_bytes import I32, STRING, entry, header, info, padded
 
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -90,6 +93,7 @@ async def test_a_model_is_fetched_once_and_can_be_deleted(hub, shelf, tmp_path):
     await asyncio.gather(*both)
     assert hub.fetched == ["smollm2"] and told == [(0, 4000), (2000, 4000)]
     assert listed(shelf) == {"builtin", "smollm2"}
+    assert [one.abilities for one in shelf.listed] == [("tools",), ()], "the second has no file but its weights"
     again = ModelShelf(tmp_path / "data", hub, {"smollm2"}.copy, lambda: None)
     with pytest.raises(BadInputError, match=r"smollm2 runs; .*stop"):
         await again.delete("smollm2")
@@ -115,6 +119,13 @@ async def test_what_is_not_deleted(hub, shelf, tmp_path):
         with pytest.raises(BadInputError, match=why):
             await shelf.delete(name)
     assert (place / "model.safetensors").exists() and (own / "model.safetensors").exists()
+
+
+async def test_a_model_is_listed_by_the_name_that_it_has_when_it_runs(hub, shelf):
+    for model in ("owner/one", "owner/two", "other/One"):
+        put(hub.cache, model)
+    await shelf.disk.refresh()
+    assert listed(shelf) - {"builtin", "smollm2"} in ({"one", "two", "other/One"}, {"One", "two", "owner/one"})
 
 
 @pytest.mark.parametrize("name", ["/etc", "~/x", "../x", "a b", "no/such/thing/at/all", "", "."])
@@ -172,3 +183,18 @@ async def test_what_is_here_already_is_not_fetched(hub, shelf):
     told = []
     await shelf.pull("owner/other:latest", lambda *far: told.append(far))
     assert not hub.fetched and not told
+
+
+async def test_a_gguf_file_says_what_its_model_can_do(hub, tmp_path):
+    named = {"thinks": [entry("tokenizer.chat_template", STRING, "<think></think>")],
+             "speaks": [entry("tokenizer.chat_template", I32, 3)], "broken": []}  # fmt: skip
+    for name, entries in named.items():
+        raw = padded(header(entries, [info("output.weight", [64, 8], 0, 0)])) + bytes(2048)
+        (tmp_path / f"{name}.gguf").write_bytes(raw if entries else raw[:40])
+    (tmp_path / "data").mkdir()
+    note_directories(tmp_path / "data" / DIRECTORIES_FILE, [str(tmp_path / f"{name}.gguf") for name in named])
+    disk = DiskModels(tmp_path / "data", lambda: None)
+    await disk.refresh()
+    can = {one.name: one.abilities for one in disk.listed}
+    assert (can["thinks"], can["speaks"], can["broken"]) == (("tools", "thinking"), (), ())
+    await disk.close()

@@ -21,6 +21,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_TOOLS = 512
 MAX_TOOL_NAME_CHARS = 256
 MAX_FORM_BYTES = 64 << 10  # of a schema or grammar
+MAX_KEPT_TOOLS_BYTES = 256 << 10  # of tools whose calls masks keep
 SEED_BITS = 63
 _LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
 
@@ -85,23 +86,25 @@ class OfferedTool(Struct, frozen=True, omit_defaults=True):
 
 
 class CallsWanted(Struct, frozen=True, omit_defaults=True):
-    """The calls that an answer may have: of these tools, and only one where they are not `parallel`."""
+    """The calls that an answer may have: of these tools, and only one where they are not `parallel`.
+
+    `keep`: masks see to it that what begins as a call is one, or that the answer has nothing else ("needed").
+    """
 
     tools: tuple[OfferedTool, ...] = ()
     parallel: bool = True
+    keep: Literal["", "begun", "needed"] = ""
 
 
 class AnswerForm(Struct, frozen=True, omit_defaults=True):
     """What the answer's text must be: any JSON object, JSON that fits `schema`, or what `grammar` says.
 
-    `before` and `after` stand literally around it, as around a tool's call. In Lark, `%json {...}` is JSON that fits.
+    In Lark, `%json {...}` is JSON that fits.
     """
 
     kind: Literal["json", "schema", "regex", "lark"]
     schema: Mapping[str, Any] = {}
     grammar: str = ""  # a regular expression, or a grammar in llguidance's Lark
-    before: str = ""
-    after: str = ""
 
 
 class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -127,17 +130,20 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     logprobs: TopLogprobs | None = None  # of each token of what is said, and of so many that were likeliest there
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
     embeds: bool = False  # not an answer is wanted but the vector of `prompt`
+    counts: bool = False  # only the prompt's tokens are to be counted
     truncates: bool = False  # of a prompt that is longer than the context the beginning will do
     load_only: bool = False  # nothing is asked: the model is to be loaded, or, kept for 0 s, unloaded
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""
 
     def calls(self) -> CallsWanted:
-        """What the model is told of tools: of all, of none, or of the one that is chosen.
-
-        That it calls one is for masks to see to (text/calls/call_patterns.py).
-        """
+        """What the model is told of tools: of all, of none, or of the one that is chosen, which it calls once."""
+        if self.tool_choice == "none" or not self.tools:
+            return CallsWanted()
         chosen = tuple(tool for tool in self.tools if tool.name == self.tool_choice)
-        return CallsWanted(() if self.tool_choice == "none" else chosen or self.tools, self.parallel_calls)
+        if chosen or self.tool_choice == "required":
+            return CallsWanted(chosen or self.tools, self.parallel_calls and not chosen, "needed")
+        kept = self.answer_form is not None or any(tool.strict for tool in self.tools)
+        return CallsWanted(self.tools, self.parallel_calls, "begun" if kept else "")
 
     def another(self, number: int) -> Generation:
         """The same with another seed, if it has one: further answers to one request are the same every time."""
@@ -154,6 +160,10 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
         raise FieldError("tools: two have the same name", "tools")
     if wanted.tool_choice not in ("", "auto", "none", *(("required",) if offered else ()), *offered):
         raise FieldError(f"tool_choice: there is no tool {wanted.tool_choice[:80]!r} among the tools", "tool_choice")
+    calls = wanted.calls()
+    if calls.keep and len(msgspec.json.encode(calls.tools)) > MAX_KEPT_TOOLS_BYTES:
+        what = f"tools whose calls are enforced are larger than {MAX_KEPT_TOOLS_BYTES >> 10} KiB: offer fewer of them"
+        raise FieldError(what, "tools")
     form = wanted.answer_form
     if form is not None and len(msgspec.json.encode(form)) > MAX_FORM_BYTES:
         name = names.get("answer_form", "answer_form")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
+
+from msgspec import Meta
 
 from peerllm.api.error_answers import FieldError
 
-KeepAlive = int | float | str | None
 FOR_GOOD_S = -1.0
+MOST_S = 100 * 365 * 24 * 3600.0  # what is longer is for good: it would not fit into times
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"[-+]?(?:{_PART})+")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 MAX_CHARS = 64
+_WRITTEN = Meta(extra_json_schema={"pattern": f"^({_NUMBER.pattern}|{_DURATION.pattern})?$", "maxLength": MAX_CHARS})
+KeepAlive = int | float | Annotated[str, _WRITTEN] | None
 
 
 def seconds_of(given: KeepAlive) -> float | None:
@@ -28,5 +33,5 @@ def seconds_of(given: KeepAlive) -> float | None:
         parts = re.findall(_PART, text) or [(text, "s")]
         seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     else:
-        seconds = float(given)
-    return seconds if seconds >= 0 else FOR_GOOD_S
+        seconds = given
+    return float(seconds) if 0 <= seconds < MOST_S else FOR_GOOD_S

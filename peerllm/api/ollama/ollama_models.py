@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +20,9 @@ from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaM
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import ServedModel
 from peerllm.regular_files import read_regular
-from peerllm.stored_types import POOLING_FILE
 
 CPU = "cpu"  # the place of a device without an accelerator
 FAMILY = "peerllm"  # where the architecture is not known; clients look below this name for the context's length
-CAPABILITIES = ("completion",)
 MAX_LICENSE_BYTES = 256 << 10
 NEVER = "2318-01-01T00:00:00Z"  # when a model is unloaded that is not; Ollama writes a year like this, too
 
@@ -76,14 +73,10 @@ def _accelerated(device: dict[str, Any]) -> bool:
 
 
 async def shown(app: web.Application, name: str) -> ShownModel:
-    """One of them; UnknownModelError if there is none of that name. Only its source knows what it can do."""
+    """One of them; UnknownModelError if there is none of that name. Only its source knows its template."""
     model = find_model(app, name)
     here = await app[TEXTS].model(model.deployment, model.model_dir) if model.model_dir is not None else None
     directory = model.model_dir
-    more: Sequence[tuple[str, object]] = ()
-    if here is not None and directory is not None:
-        embeds = (directory / POOLING_FILE).is_file()
-        more = ("tools", here.chats), ("thinking", here.thinks), ("insert", here.fill_in), ("embedding", embeds)
     entry = _entry(model, _deployments(app))
     family = model.details.family or FAMILY
     information: dict[str, Any] = {"general.architecture": family, "general.basename": model.name}
@@ -99,7 +92,7 @@ async def shown(app: web.Application, name: str) -> ShownModel:
         "license": await asyncio.to_thread(_license, directory) if directory is not None else "",
         "details": entry["details"],
         "model_info": information,
-        "capabilities": [*CAPABILITIES, *(name for name, can in more if can)],
+        "capabilities": [*entry["capabilities"], *(["insert"] if here is not None and here.fill_in else [])],
         "modified_at": entry["modified_at"],
     }
 
@@ -127,7 +120,7 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
         "model": name,
         "modified_at": stamp(model.created),
         "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())) or model.disk_bytes,
-        "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
+        "digest": hashlib.sha256(f"{name} {model.model}".encode()).hexdigest(),  # whether it runs or not
         "details": {
             "parent_model": "",
             "format": about.file_format,
@@ -137,7 +130,7 @@ def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
             "quantization_level": about.level,
         },
         "context_length": model.context,
-        "capabilities": list(CAPABILITIES),
+        "capabilities": ["completion", *model.abilities],
     }
 
 

@@ -12,7 +12,8 @@ import msgspec
 from aiohttp import web
 
 import peerllm
-from peerllm.api.core.kept.repeat import KEY_HEADER, LAST_HEADER, MAX_KEY_CHARS
+from peerllm.api.core.generation import MAX_NAME_CHARS
+from peerllm.api.core.kept.repeat import EVENT_ID, KEY, KEY_HEADER, LAST_HEADER
 from peerllm.api.error_answers import shape_at
 from peerllm.api.guard import ADMIN_PREFIX, API_KEY_HEADER, PAGE_HEADER
 from peerllm.api.keys import GUARD
@@ -34,8 +35,8 @@ device's token, or the header `{PAGE_HEADER}` that its own page sends; the other
 listens beyond loopback. Fields that nobody knows are skipped. Pages of other origins are refused (403), and no
 preflight is granted."""
 _KEPT = (
-    {"name": KEY_HEADER, "in": "header", "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS}},
-    {"name": LAST_HEADER, "in": "header", "schema": {"type": "string"}},
+    {"name": KEY_HEADER, "in": "header", "schema": {"type": "string", "pattern": KEY.pattern}},
+    {"name": LAST_HEADER, "in": "header", "schema": {"type": "string", "pattern": EVENT_ID.pattern}},
 )
 
 
@@ -99,7 +100,12 @@ def _operation(app: web.Application, route: ApiRoute, schemas: _Schemas) -> dict
     summary, _, description = inspect.cleandoc(route.handler.__doc__ or "").partition("\n\n")
     body, query = route.takes
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
+        }
         for name in _PLACES.findall(re.sub(r":[^}]*\}", "}", route.path))
     ]
     parameters += schemas.query(query)

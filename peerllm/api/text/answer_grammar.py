@@ -1,14 +1,20 @@
-"""What an answer's text must be, as a grammar of llguidance's that was compiled once. Runs where templates do."""
+"""What an answer must be, as a grammar of llguidance's that was compiled once. Runs where templates do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from tokenizers import AddedToken
 
+from peerllm.api.text.calls.answer_parts import Schemas
+from peerllm.api.text.calls.call_forms import FORMS, CallForm
+from peerllm.api.text.calls.call_patterns import ANY_TEXT, CallRules, ToolSchemaError, lark_of
+from peerllm.chat_templates import Marks
 from peerllm.engine.messages import GRAMMAR_LIMITS
 from peerllm.errors import BadInputError, PeerLLMError
 
@@ -16,26 +22,46 @@ MAX_REASON_CHARS = 300
 # Between JSON's signs: a model that may write any white space writes it without end.
 JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
 _SPACE = r"/\s{0,4}/"  # behind a thought
+_FIRST_SPECIAL = 257  # id in `_Bytes`
 
 
-def grammar_of(form: Mapping[str, Any], special: Sequence[str], thought_end: str = "") -> str:
-    """The grammar of an AnswerForm; BadInputError with the reason if it is none, or too large.
+@dataclass(frozen=True, slots=True)
+class ModelMarks:
+    """What a model writes besides words. `ids` are those of its special tokens (`is_special`).
 
-    `special` are the model's special tokens. `thought_end`: the answer begins with a thought, which ends with this, a
-    text in quotes or a token `<[id]>`.
+    `opened`: the answer begins within a thought.
+    """
+
+    ids: Mapping[str, int]
+    calls: CallForm | None = None
+    thought: Marks | None = None
+    opened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCalls:
+    """Calls that an answer must have (`needed`) or may have, with arguments that fit; `several`: more than one."""
+
+    tools: Schemas
+    needed: bool = False
+    several: bool = True
+
+
+def grammar_of(form: Mapping[str, Any] | None, calls: KeptCalls | None, marks: ModelMarks) -> str:
+    """Of an answer in an AnswerForm (None: any text), or with calls; BadInputError with the reason if none can be made.
+
+    What is wrong with a tool is a ToolSchemaError.
     """
     try:
-        body = _body(form)
-        _check(json.dumps({"grammars": [body]}), special)
-        around = [json.dumps(form.get(name, "")) if form.get(name) else "" for name in ("before", "after")]
-        rules = f"start: {'thought ' if thought_end else ''}{around[0]} @body {around[1]}\n"
-        if thought_end.startswith("<"):
-            rules += f"thought: /(.|\\n)*/ {thought_end} {_SPACE}\n"
-        elif thought_end:
-            rules += f"thought: thinking {_SPACE}\nthinking[suffix={thought_end}]: /(.|\\n)*/\n"
-        if not thought_end and not any(around):
-            return json.dumps({"grammars": [body]})
-        return json.dumps({"grammars": [{"lark_grammar": rules}, {**body, "name": "body"}]})
+        body, special = None if form is None else _body(form), tuple(marks.ids)
+        # Checked over bytes and the special tokens, so that no vocabulary is needed for it.
+        ids = {name: _FIRST_SPECIAL + at for at, name in enumerate(special)}
+        if reason := _wrong(_whole(body, calls, replace(marks, ids=ids)), special):
+            for name, schema in calls.tools.items() if calls is not None else ():
+                if wrong := _wrong(json.dumps({"grammars": [_json(schema)]}), special):
+                    raise ToolSchemaError(f"the arguments of {name[:80]!r} cannot be kept to their schema: {wrong}")
+            raise _refused(reason)
+        return _whole(body, calls, marks)
     except RecursionError as error:
         raise BadInputError("the answer's form is nested too deeply") from error
     except PeerLLMError:
@@ -44,26 +70,78 @@ def grammar_of(form: Mapping[str, Any], special: Sequence[str], thought_end: str
         raise _refused(str(error)) from error
 
 
+def is_special(token: AddedToken) -> bool:
+    """Whether llguidance holds that it is no text. Qwen's `<tool_call>` is one, though its tokenizer says otherwise."""
+    return token.special or (token.content.startswith("<") and token.content.endswith(">"))
+
+
+def _whole(body: Mapping[str, Any] | None, calls: KeptCalls | None, marks: ModelMarks) -> str:
+    thought, rules = _thought(marks, calls is not None and not calls.needed and body is None)
+    said, grammars = "@body", list[Mapping[str, Any]]()
+    if marks.calls is FORMS["harmony"]:
+        said = f"{lark_of('<|channel|>final<|message|>', marks.ids)} @body"
+    if calls is not None:
+        assert marks.calls is not None
+        made = CallRules(marks.calls, calls.tools, marks.ids, calls.several)
+        grammars += [{**_json(schema), "name": name} for name, schema in made.schemas.items()]
+        rules += made.rules
+        if calls.needed:
+            said = "calls"
+        elif body is not None:
+            said = f"(calls | {said})"
+        else:
+            begin = marks.thought[0].strip() if marks.thought is not None and not marks.opened else ""
+            rules += made.free("" if any(one in begin for one in marks.ids) else begin)
+            said = "free"
+    if body is not None and (calls is None or not calls.needed):
+        if not rules:
+            return json.dumps({"grammars": [body]})
+        grammars.append({**body, "name": "body"})
+    lark = "\n".join([f"start: {thought} {said}", *rules])
+    return json.dumps({"grammars": [{"lark_grammar": lark + "\n"}, *grammars]})
+
+
+def _thought(marks: ModelMarks, free: bool) -> tuple[str, list[str]]:
+    """What an answer begins with, and the rules that this needs: a thought that was opened, or may be (`free`)."""
+    if marks.calls is FORMS["harmony"]:
+        ends = [lark_of(one, marks.ids) for one in ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")]
+        known = "<|channel|>" in marks.ids  # else nothing would end it
+        return ("", []) if free or not known else ("thought?", [f"thought: {ends[0]} {ANY_TEXT} {ends[1]}"])
+    if marks.thought is None or not (marks.opened or free):
+        return "", []
+    begin, end = marks.thought
+    rest = f"thinking[suffix={json.dumps(end)}]: {ANY_TEXT}"
+    if end in marks.ids:
+        rest = f"thinking: {ANY_TEXT} {lark_of(end, marks.ids)}"
+    if marks.opened:
+        return f"thinking {_SPACE}", [rest]
+    return "thought?", [f"thought: {_SPACE} {lark_of(begin.rstrip(), marks.ids)} thinking {_SPACE}", rest]
+
+
+def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return _first(LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS))
+
+
+def _first(whole: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(whole)["grammars"][0]
+    return found
+
+
 def _body(form: Mapping[str, Any]) -> dict[str, Any]:
     kind = form["kind"]
     if kind == "lark":
         return {"lark_grammar": form["grammar"]}
     if kind == "regex":
-        whole = LLMatcher.grammar_from_regex(form["grammar"])
-    else:
-        schema = form.get("schema", {}) if kind == "schema" else {"type": "object"}
-        whole = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
-    found: dict[str, Any] = json.loads(whole)["grammars"][0]
-    return found
+        return _first(LLMatcher.grammar_from_regex(form["grammar"]))
+    return _json(form.get("schema", {}) if kind == "schema" else {"type": "object"})
 
 
-def _check(grammar: str, special: Sequence[str]) -> None:
-    """Compile it once, over bytes, within the limits that it will have."""
-    matcher = LLMatcher(_bytes(tuple(special)), grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+def _wrong(grammar: str, special: tuple[str, ...]) -> str:
+    """Why it does not compile, over bytes, within the limits that it will have; "": it does."""
+    matcher = LLMatcher(_bytes(special), grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
     if not matcher.is_error():
         matcher.compute_bitmask()
-    if matcher.is_error():
-        raise _refused(matcher.get_error())
+    return " ".join(matcher.get_error().split())[:MAX_REASON_CHARS] if matcher.is_error() else ""
 
 
 def _refused(reason: str) -> BadInputError:

@@ -10,17 +10,18 @@ import orjson
 from tokenizers import Tokenizer
 
 from peerllm.api.text.calls.call_forms import FORMS, CallForm, form_of
+from peerllm.api.text.calls.call_patterns import argument_schema
 from peerllm.api.text.conversation import TemplateAbilities, shaped
 from peerllm.api.text.fill_in import fill_in_form
-from peerllm.api.text.reasoning import marks_of, thinking_variables
+from peerllm.api.text.reasoning import thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
+from peerllm.api.text.tokens.decoding_table import facts_of, tokens_from
+from peerllm.chat_templates import marks_of, model_file, model_object, template_sources
 from peerllm.errors import BadInputError, ModelError
-from peerllm.regular_files import UnfitFileError, read_regular
 from peerllm.types import SAMPLING_LIMITS
 
 MAX_TOKENIZER_BYTES = 64 << 20  # of tokenizer.json; the largest in use have 35 MB
-MAX_FILE_BYTES = 16 << 20  # of its neighbours
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # where neither the client nor the model says anything
 _SAID = "peerllm-8c41f0"  # stands for an earlier answer
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -37,19 +38,19 @@ class ModelText:
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise ModelError(f"the model in {model_dir.name!r} has no tokenizer.json, so it cannot read text")
-        data = _read(path, MAX_TOKENIZER_BYTES)
+        data = model_file(path, MAX_TOKENIZER_BYTES)
         try:
             parts = orjson.loads(data)
             self._bounds = bounds_of(parts)
-            self.decoder = _decoder(parts)
+            self._shell = _shell(parts)
             del parts  # it takes more memory than the tokenizer
             self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
             raise ModelError(f"tokenizer.json of {model_dir.name!r} cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _json(model_dir / "tokenizer_config.json")
-        source, with_tools = _template_sources(model_dir, config)
+        config = model_object(model_dir / "tokenizer_config.json")
+        source, with_tools = template_sources(model_dir)
         self.template = source or ""
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
         self._with_tools = ChatTemplate(with_tools, _special_tokens(config)) if with_tools else self._template
@@ -62,7 +63,15 @@ class ModelText:
             self.form = form_of(with_tools or source or "", added)
         if self.form is FORMS["harmony"]:
             self.marks = None  # it has channels
-        self.defaults = _sampling_defaults(_json(model_dir / "generation_config.json"))
+        self.defaults = _sampling_defaults(model_object(model_dir / "generation_config.json"))
+
+    def table(self) -> dict[str, Any]:
+        """The facts of a DecodingTable."""
+        return facts_of(self._tokenizer, self._shell)
+
+    def tokens(self, first: int) -> list[str | None]:
+        """A slice of its tokens."""
+        return tokens_from(self._tokenizer, first)
 
     def prompt(
         self,
@@ -113,67 +122,40 @@ class ModelText:
             said, tools = shaped(said, tools, self._can, self.form is not None and self.form.short_ids)
         return template.render(said, {**variables, "tools": list(tools) or None, "documents": None})
 
-    def grammar(self, form: Mapping[str, Any], opened: bool) -> str:
-        """See answer_grammar; `opened`: the answer begins within a thought."""
-        from peerllm.api.text.answer_grammar import grammar_of
+    def grammar(self, form: Mapping[str, Any] | None, calls: Mapping[str, Any], opened: bool) -> str:
+        """Of an AnswerForm and CallsWanted (see answer_grammar); `opened`: the answer begins within a thought."""
+        from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
 
-        added = self._tokenizer.get_added_tokens_decoder()
-        special = [token.content for token in added.values() if token.special]
-        end = self.marks[1] if opened and self.marks is not None else ""
-        if end in special:
-            end = f"<[{self._tokenizer.token_to_id(end)}]>"
-        elif end:
-            end = orjson.dumps(end).decode()
-        return grammar_of(form, special, end)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        ids = {token.content: number for number, token in added if is_special(token)}
+        kept = self.form.kept if self.form is not None else None
+        marks = ModelMarks(ids, kept, self.marks, opened)
+        if not calls.get("keep"):
+            return grammar_of(form, None, marks)
+        needed = calls["keep"] == "needed"
+
+        def wanted(every: bool) -> KeptCalls:
+            tools: dict[str, Mapping[str, Any]] = {}
+            for one in calls["tools"]:
+                known = every or needed or one.get("strict")
+                tools[one["name"]] = argument_schema(one.get("parameters", {})) if known else {"type": "object"}
+            return KeptCalls(tools, needed, calls.get("parallel", True))
+
+        try:
+            return grammar_of(form, wanted(True), marks)
+        except BadInputError:  # nobody asked for it where tools are not strict
+            if needed:
+                raise
+            return grammar_of(form, wanted(False), marks)
 
 
-def _decoder(parts: Mapping[str, Any]) -> bytes:
-    """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""
+def _shell(parts: Mapping[str, Any]) -> str:
+    """A tokenizer.json with the decoder of this one, and nothing else."""
     if b'"Regex":' in orjson.dumps(parts.get("decoder")):  # decoding is done on the loop, where all would wait for it
         raise ModelError("its decoder has a regular expression, which may take forever")
-    model = dict(parts["model"])
-    if model.get("type") == "BPE":
-        model["merges"] = []
     unused = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"))
-    return orjson.dumps({**parts, **unused, "model": model})
-
-
-def _read(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
-    try:
-        return read_regular(path, most_bytes)
-    except UnfitFileError as error:
-        raise ModelError(f"{path.name} {error.strerror}") from error
-    except OSError as error:
-        raise ModelError(f"{path.name} cannot be read: {error.strerror}") from error
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """The object in a file, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = orjson.loads(_read(path))
-    except ValueError as error:
-        raise ModelError(f"{path.name} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _template_sources(model_dir: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """chat_template.jinja, chat_template.json or tokenizer_config.json; of several the one named "default".
-
-    And the one that is for chats with tools, if it is another.
-    """
-    path = model_dir / "chat_template.jinja"
-    if path.is_file():
-        return _read(path).decode("utf-8", "replace"), None
-    found = _json(model_dir / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        both = named.get("default"), named.get("tool_use")
-    else:
-        both = found, None
-    default, with_tools = (one if isinstance(one, str) else None for one in both)
-    return default, with_tools
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    return orjson.dumps({**parts, **unused, **empty}).decode()
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

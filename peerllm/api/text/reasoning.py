@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peerllm.api.text.stops import overlap
-
-Marks = tuple[str, str]  # before and behind what is thought
-MARKS: tuple[Marks, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))
-
-
-def marks_of(template: str) -> Marks | None:
-    """Those that a chat template knows; None: its model does not think, or not in a way that is known here."""
-    return next((marks for marks in MARKS if marks[1] in template), None)
+from peerllm.chat_templates import Marks
 
 
 def thinking_variables(reasoning: bool | str | None) -> Mapping[str, Any]:

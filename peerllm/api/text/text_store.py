@@ -17,25 +17,27 @@ from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Struct
-from tokenizers import Tokenizer
 
 from peerllm.api.error_answers import FieldError
 from peerllm.api.text.calls.answer_parts import AnswerReader, Schemas
 from peerllm.api.text.calls.call_forms import FORMS, CallForm
+from peerllm.api.text.calls.call_patterns import ToolSchemaError
 from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import PromptLengthError
-from peerllm.api.text.reasoning import Marks, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
+from peerllm.api.text.tokens.decoding_table import DecodingTable
+from peerllm.chat_templates import Marks
 from peerllm.engine.messages import Constraint
 from peerllm.errors import BadInputError, ModelError, OverloadedError
 from peerllm.types import DeploymentId
 
-MAX_MODELS = 4  # decoders kept in memory; a large vocabulary takes some 50 MB
+MAX_MODELS = 4  # whose tokens are kept in memory; a large vocabulary takes some 20 MB
 MAX_WAITING = 512  # prompts being prepared or waiting for that: all that may be streamed could ask at once
 LARGE_CHARS = 64 << 10  # prompts larger than this have a process of their own, so that small ones do not wait for them
 IDLE_S, LARGE_IDLE_S = 300.0, 30.0  # seconds after which a process that nobody asks is ended
@@ -49,10 +51,9 @@ class AnswerText:
     """What an answer's text needs of a model; `defaults` are its makers' sampling parameters."""
 
     model_dir: Path
-    decoder: Tokenizer  # knows no merges: it only decodes
+    decoder: DecodingTable
     special: frozenset[int]
     defaults: Mapping[str, float]
-    vocabulary: int  # tokens
     marks: Marks | None = None  # around what the model thinks; None: it does not, or not between marks
     form: CallForm | None = None  # in which it calls tools; None: it has no chat template
     fill_in: str = ""  # see fill_in_form
@@ -60,7 +61,7 @@ class AnswerText:
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
-        return 0 <= token_id < self.vocabulary
+        return 0 <= token_id < self.decoder.vocabulary
 
     @property
     def chats(self) -> bool:
@@ -81,13 +82,18 @@ class AnswerText:
     def thinks(self) -> bool:
         return self.marks is not None or self.form is FORMS["harmony"]
 
-    def reader(self, chat: Sequence[int] | None, schemas: Schemas, one_call: bool = False) -> AnswerReader:
-        """For one answer to this prompt, with these tools; None: to a text, whose continuation is not divided."""
+    def reader(
+        self, chat: Sequence[int] | None, schemas: Schemas, one_call: bool = False, kept: bool = False
+    ) -> AnswerReader:
+        """For one answer to this prompt, with these tools; None: to a text, whose continuation is not divided.
+
+        `kept`: masks keep the calls.
+        """
         if chat is None or self.form is None:
             return ThinkingReader(ReasoningSplitter(None, False))
         if self.form is FORMS["harmony"]:
             return HarmonyReader(bool(schemas), one_call)
-        calls = CallReader(self.form, schemas, one_call) if schemas else None
+        calls = CallReader(self.form.kept if kept else self.form, schemas, one_call) if schemas else None
         if self.marks is None:
             return ThinkingReader(ReasoningSplitter(None, False), calls)
         return ThinkingReader(ReasoningSplitter(self.marks, self.opened(chat)), calls)
@@ -124,7 +130,11 @@ class TextStore:
             async with self._one_at_a_time:
                 if deployment not in self._texts:
                     told = await self._ask({"model_dir": str(model_dir)}, 0)
-                    self._texts[deployment] = await self._in_thread(_answer_text, model_dir, told)
+                    tokens: list[str | None] = []
+                    while len(tokens) < told["table"]["ids"]:
+                        question = {"model_dir": str(model_dir), "tokens": len(tokens)}
+                        tokens += (await self._ask(question, 0))["tokens"]
+                    self._texts[deployment] = _answer_text(model_dir, told, tokens)
             while len(self._texts) > MAX_MODELS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(deployment)
@@ -162,9 +172,11 @@ class TextStore:
         finally:
             self._waiting -= 1
 
-    async def grammar(self, text: AnswerText, form: Struct, opened: bool) -> str:
-        """What keeps an answer in its form (generation.AnswerForm); FieldError with the reason if nothing can."""
-        data = msgspec.json.encode(form).decode()
+    async def grammar(self, text: AnswerText, form: Struct | None, calls: Struct, opened: bool) -> str:
+        """What keeps an answer in its form (generation.AnswerForm), and calls to theirs (generation.CallsWanted);
+        FieldError with the reason if nothing can.
+        """
+        data = msgspec.json.encode((form, calls)).decode()
         question = {"model_dir": str(text.model_dir), "form": data, "opened": opened}
         answer: str = (await self._ask(question, len(data)))["grammar"]
         return answer
@@ -180,6 +192,8 @@ class TextStore:
             if error == PromptLengthError.__name__:
                 name = "prompt" if isinstance(question["prompt"], str) else "messages"
                 raise FieldError(answer["message"], name, "context_length_exceeded")
+            if error == ToolSchemaError.__name__:
+                raise FieldError(answer["message"], "tools", "invalid_schema")
             if "form" in question:
                 raise FieldError(answer["message"], "response_format", "invalid_schema")
             raise _ERRORS.get(error, BadInputError)(answer["message"])
@@ -194,9 +208,8 @@ class TextStore:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
-    decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
+def _answer_text(model_dir: Path, told: Mapping[str, Any], tokens: Sequence[str | None]) -> AnswerText:
+    decoder, told_marks = DecodingTable(told["table"], tokens), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
-    form, vocabulary = FORMS.get(told.get("form") or ""), decoder.get_vocab_size()
-    special, more = special_ids(decoder), (told.get("fill_in", ""), told.get("template", ""))
-    return AnswerText(model_dir, decoder, special, told["defaults"], vocabulary, marks, form, *more)
+    form, more = FORMS.get(told.get("form") or ""), (told.get("fill_in", ""), told.get("template", ""))
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], marks, form, *more)

@@ -185,6 +185,7 @@ class Coordinator:
         options = self._asleep.get(model) or RunOptions(model, on_demand=True)
         try:
             if not same_model(model, self._around.views()):
+                log.info("%s is started for a request", model)
                 return await self.run(options, lambda _: None)
         except UnavailableError:
             if not same_model(model, self._around.views()):

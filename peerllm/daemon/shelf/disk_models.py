@@ -7,12 +7,15 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from peerllm.builtin import BUILTIN, MODEL_DIR
+from peerllm.chat_templates import abilities, abilities_in
 from peerllm.daemon.background_tasks import BackgroundTasks
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.facade import short_name
+from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.known_models import KNOWN
 from peerllm.daemon.weights.on_disk import (
     DIRECTORIES_FILE,
@@ -71,17 +74,32 @@ class DiskModels:
 
 
 def _found(data_dir: Path) -> tuple[DiskModel, ...]:
-    found = []
+    """Each by the name that it would have when it runs, so that lists name it alike; of two, the second in full."""
+    found, taken = [], set[str]()
     for model, paths in places_on_disk(data_dir).items():
         try:
             files = [one for path in paths for one in weight_files(path)]
             if files:
                 about = [one.stat() for one in files]
                 size, made = sum(one.st_size for one in about), max(int(one.st_mtime) for one in about)
-                found.append(DiskModel(short_name(model) if Path(model).is_absolute() else model, model, size, made))
+                name = short if (short := short_name(model)).lower() not in taken else model
+                taken.add(name.lower())
+                found.append(DiskModel(name, model, size, made, abilities=_abilities(paths[0], made)))
         except OSError as error:
             log.debug("%s: %s", model, error)
     return tuple(found[:MAX_LISTED])
+
+
+@lru_cache(MAX_LISTED)  # a large vocabulary takes a quarter of a second
+def _abilities(path: Path, made: int) -> tuple[str, ...]:
+    """Of a model's directory or GGUF file, which was made then."""
+    if path.is_dir():
+        return abilities_in(path)
+    try:
+        template = read_gguf(path).metadata.get("tokenizer.chat_template")
+        return abilities(template if isinstance(template, str) else None)
+    except ModelError:
+        return ()
 
 
 def weight_files(path: Path) -> list[Path]:

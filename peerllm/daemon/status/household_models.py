@@ -94,6 +94,7 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
         source=source,
         names=all_names(view.name, view.model),
         expires=view.expires if source else 0,
+        abilities=view.abilities,
         details=ModelDetails.of(view.family, view.parameters, view.form, view.quantize, view.dtype),
     )
 
@@ -151,6 +152,7 @@ def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
         source=device,
         names=all_names(one.name, one.model),
         disk_bytes=one.nbytes,
+        abilities=one.abilities,
         details=_details(one.model),
     )
 

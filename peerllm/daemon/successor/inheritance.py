@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from peerllm.chat_templates import abilities_in
 from peerllm.codec import MAX_MESSAGE_BYTES, decode, encode
 from peerllm.daemon.control_messages import HubFiles, TensorDigest
 from peerllm.daemon.decide.assignments import MAX_TENSORS, check_tensor
@@ -211,7 +212,7 @@ class InheritedModels:
 
         tensors = tuple(tuple(map(at, layer)) for layer in inheritance.inspected.tensors)
         inspected = replace(inheritance.inspected, tensors=tensors)
-        return InheritedModel(inheritance, ModelAtHand(inspected, directory, inheritance.form))
+        return InheritedModel(inheritance, ModelAtHand(inspected, directory, inheritance.form, abilities_in(directory)))
 
     @staticmethod
     def _read(manifest: Path) -> Inheritance:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peerllm.daemon.control_messages import DeploymentView
-from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels
+from peerllm.daemon.control_messages import DeploymentView, DiskModel
+from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels, idle_models
 from peerllm.types import Stage
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -20,6 +20,14 @@ class Clock:
 
 def view(deployment: str, state: str = "serving", epoch: int = 1) -> DeploymentView:
     return DeploymentView(deployment, "/models/m", state, epoch, A, (), (), name="m", created=7, context=64)  # type: ignore[arg-type]
+
+
+def test_what_a_model_can_do_is_listed_wherever_it_runs_or_lies() -> None:
+    models, can = HouseholdModels(Clock()), ("tools", "thinking")
+    models.hear([A], {A: [replace(view("1"), abilities=can)]})
+    (other,) = models.others(lambda device: "laptop")
+    (idle,) = idle_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
+    assert other.abilities == idle.abilities == can
 
 
 def listed(models: HouseholdModels) -> list[tuple[str, str, str]]:

@@ -39,7 +39,7 @@ class BegunAnswer:
         """The answer from its first token on."""
         schemas = {tool.name: tool.parameters for tool in self.calls.tools}
         detokenizer = self.text.detokenizer(self.silent, self.chat is not None, bool(schemas))
-        reader = self.text.reader(self.chat, schemas, not self.calls.parallel)
+        reader = self.text.reader(self.chat, schemas, not self.calls.parallel, self.calls.keep != "")
         places = TokenPlaces(TokenBytes(self.text.decoder)) if self.logprobs else None
         return GrowingAnswer(detokenizer, StopScanner(self.stops), reader, places)
 

@@ -20,7 +20,8 @@ LAST_HEADER = "Last-Event-ID"
 MAX_KEY_CHARS = 255
 END = "end"  # the id of an answer's last event; the others are numbered (`Repeat.place`)
 ALL_TOKENS = 2**53  # more than any answer has
-_PLACE = re.compile(r"([0-9]{1,10})(?:\.([0-9]{1,4}))?")
+KEY = re.compile(rf"^[!-~]([ -~]{{0,{MAX_KEY_CHARS - 2}}}[!-~])?$")
+EVENT_ID = re.compile(rf"^(?:([0-9]{{1,10}})(?:\.([0-9]{{1,4}}))?|{END})$")
 
 
 class DeviceLeavingError(UnavailableError):
@@ -66,15 +67,16 @@ def fleeting(wanted: Generation) -> Repeat:
 def repeat_of(request: web.Request, wanted: Generation) -> Repeat | None:
     """What the headers say, None without a key; FieldError if they cannot be used."""
     key, last = request.headers.get(KEY_HEADER), request.headers.get(LAST_HEADER)
+    if key is not None and not KEY.fullmatch(key):
+        raise FieldError(f"{KEY_HEADER} must have 1 to {MAX_KEY_CHARS} printable ASCII characters", KEY_HEADER)
+    place = None if last is None else EVENT_ID.fullmatch(last)
+    if last is not None and place is None:
+        raise FieldError(f"{LAST_HEADER} must be an id that this answer's events had", LAST_HEADER)
     if key is None:
         return None
-    if not 1 <= len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
-        raise FieldError(f"{KEY_HEADER} must have 1 to {MAX_KEY_CHARS} printable ASCII characters", KEY_HEADER)
-    place = _PLACE.fullmatch(last or "")
-    if last is not None and last != END and place is None:
-        raise FieldError(f"{LAST_HEADER} must be an id that this answer's events had", LAST_HEADER)
-    had = None if last is None else ALL_TOKENS if place is None else int(place[1])
-    return Repeat(key, fingerprint(wanted), had, beyond=int(place[2] or 0) if place is not None else 0)
+    if place is None:
+        return Repeat(key, fingerprint(wanted))
+    return Repeat(key, fingerprint(wanted), int(place[1] or ALL_TOKENS), beyond=int(place[2] or 0))
 
 
 def fingerprint(wanted: Generation) -> bytes:

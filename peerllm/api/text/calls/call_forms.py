@@ -10,6 +10,7 @@ from peerllm.api.text.calls.answer_parts import Schemas
 from peerllm.api.text.calls.call_bodies import CallBody, ChosenBody, JsonBody, ListBody, ReadCalls, WholeBody, loose
 from peerllm.api.text.calls.harmony_reader import HARMONY_MARKS
 from peerllm.api.text.calls.tagged_call import FUNCTION, FUNCTION_END, keyed_call, tagged_calls
+from peerllm.chat_templates import has_channels
 
 Kind = Literal["object", "list", "loose", "fence", "function"]  # what stands behind a mark
 TAGS = {"<tool_call>": "</tool_call>"}
@@ -30,6 +31,11 @@ class CallForm:
     bare: bool = False
     quote: str = ""  # around strings, where arguments are no JSON
     short_ids: bool = False  # its template takes no other ids of calls
+
+    @property
+    def kept(self) -> CallForm:
+        """The form in which masks keep calls: one way for those that know several."""
+        return FORMS["tagged objects"] if "<tool_call>" in self.marks else self
 
     @property
     def tokens(self) -> frozenset[str]:
@@ -123,7 +129,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (  # what a template has where its model c
 
 def form_of(template: str, tokens: Collection[str]) -> CallForm:
     """`tokens`: those that were added to the tokenizer's vocabulary."""
-    if "<|channel|>" in template and "<|message|>" in template:
+    if has_channels(template):
         return FORMS["harmony"]
     if "tools" not in template:
         return FORMS["plain"]

@@ -13,7 +13,8 @@ _SPACE = re.compile(r"\s*")
 _BARE = re.compile(r"[^,{}()\[\]]*")
 _KEY = re.compile(r"[^\s:=,{}()\[\]'\"]{1,256}")
 _WORDS = {"True": True, "False": False, "None": None}
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
 class LooseCall:
@@ -102,18 +103,13 @@ class LooseCall:
         mark = self._text[self._at : self._at + 1]
         if mark not in ("'", '"'):
             return None
-        pieces, at = [], self._at + 1
+        begin = at = self._at + 1
         while at < len(self._text) and self._text[at] != mark:
-            if self._text[at] == "\\" and at + 1 < len(self._text):
-                at += 1
-                pieces.append(_ESCAPES.get(self._text[at], self._text[at]))
-            else:
-                pieces.append(self._text[at])
-            at += 1
+            at += 2 if self._text[at] == "\\" else 1
         if at >= len(self._text):
             raise ValueError("no end")
         self._at = at + 1
-        return "".join(pieces)
+        return _unescaped(self._text[begin:at])
 
     def _took(self, sign: str) -> bool:
         self._skip()
@@ -130,3 +126,14 @@ class LooseCall:
     def _over(self) -> bool:
         self._skip()
         return self._at >= len(self._text)
+
+
+def _unescaped(text: str) -> str:
+    """As JSON means it; a backslash before any other sign is left out."""
+
+    def meant(found: re.Match[str]) -> str:
+        sign = found[1]
+        return chr(int(sign[1:], 16)) if len(sign) > 1 else _ESCAPES.get(sign, sign)
+
+    text = _ESCAPE.sub(meant, text)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs of surrogates are one character

@@ -65,6 +65,7 @@ class ShownDeployment:
             succeeds=self.succeeds,
             stays=self.stays,
             expires=self.expires,
+            abilities=self.model.abilities,
             idle_since=self.idle_since,
             on_demand=options.on_demand,
             family=inspected.architecture if inspected is not None else "",
@@ -92,6 +93,7 @@ class ShownDeployment:
             missing_bytes=self.missing_bytes,
             names=all_names(self.options.name, self.options.model),
             expires=self.expires,
+            abilities=self.model.abilities,
             details=details,
         )
 
