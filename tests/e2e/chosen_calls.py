@@ -70,14 +70,20 @@ async def anthropic_calls(url: str, model: str, tools: dict[str, Any], seed: int
 async def ollama_calls(url: str, model: str, tools: dict[str, Any], seed: int) -> tuple[Sequence[Call], bool]:
     """This API knows no choice: either there are calls, or the text has its form, which is the last tool's schema."""
     form = list(tools.values())[-1]
-    given: Any = [{"type": "function", "function": {"name": name, "parameters": one}} for name, one in tools.items()]
+    given = [
+        ollama.Tool.model_validate({"type": "function", "function": {"name": name, "parameters": one}})
+        for name, one in tools.items()
+    ]
     options = {"temperature": 1.0, "seed": seed, "num_predict": 2 * MOST_TOKENS}
     client = ollama.AsyncClient(url)
     answer = await client.chat(model, MESSAGES, tools=given, format=form, options=options)
     calls = [(one.function.name, dict(one.function.arguments)) for one in answer.message.tool_calls or ()]
+    for name, arguments_given in calls:  # the client leaves most of a schema out
+        sent = given[list(tools).index(name)].model_dump(exclude_none=True)["function"]["parameters"]
+        Draft202012Validator(sent).validate(arguments_given)
     if not calls:
         Draft202012Validator(form).validate(json.loads(answer.message.content or ""))
-    return calls, answer.done_reason == "stop"
+    return [], answer.done_reason == "stop"
 
 
 async def wrong_call(url: str, model: str, seed: int) -> str:
