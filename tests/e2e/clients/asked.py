@@ -117,5 +117,6 @@ class Client:
 EVERY = ("list of models", "whole answer", "streamed answer", "system message", "several turns", "stop strings",
          "cut by a limit", "usage", "call of a tool", "calls in parallel", "result of a tool",
          "arguments in pieces", "JSON object", "JSON schema", "text continued", "vectors", "thought apart",
-         "thinking off", "tool that must be called", "log probabilities", "Responses", "unknown model", "wrong key", "wrong field", "hanging up", "asked twice", "set-up",
+         "thinking off", "tool that must be called", "log probabilities", "Responses",
+         "unknown model", "wrong key", "wrong field", "hanging up", "asked twice", "set-up",
          "how long it stays")  # fmt: skip

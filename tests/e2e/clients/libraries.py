@@ -23,7 +23,8 @@ class Llm(Client):
 
     name = "llm"
     cells = frozenset(EVERY) - {
-        "arguments in pieces", "how long it stays", "set-up", "tool that must be called", "log probabilities"}  # fmt: skip
+        "arguments in pieces", "how long it stays", "set-up", "tool that must be called",
+        "log probabilities"}  # fmt: skip
     failing: ClassVar = OpenAI.failing
     shows_thought = False
     wrong = say("Hello.", model="nothing", max_tokens=0)  # it looks at the temperature itself

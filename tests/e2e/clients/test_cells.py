@@ -276,8 +276,8 @@ def _quick(client: type[Client], cell: str) -> bool:
 
 CHECKS: dict[str, Callable[[Client, list[Device]], None]] = dict(
     zip(EVERY, (models, whole, streamed, system, turns, stops, limit, usage, call, calls, result, arguments,
-                json_object, schema, continued, vectors, thought, unthought, must, chances, responses, unknown, wrong_key, wrong_field,
-                hanging_up, twice, set_up, staying), strict=True)
+                json_object, schema, continued, vectors, thought, unthought, must, chances, responses,
+                unknown, wrong_key, wrong_field, hanging_up, twice, set_up, staying), strict=True)
 )  # fmt: skip
 CELLS = [
     pytest.param(client, cell, id=f"{client.name}, {cell}", marks=() if _quick(client, cell) else pytest.mark.slow)
