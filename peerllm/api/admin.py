@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from peerllm.api.askers.accounts import AskerAccount
 from peerllm.api.core.generation import Name
-from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.core.named_models import device_name
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
-from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
+from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
 from peerllm.api.streams import KEEP_ALIVE_S, LINES, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
@@ -111,6 +113,7 @@ class Invitation(TypedDict):
 class ProcessFacts(TypedDict):
     pid: int
     tasks: int
+    answers: int
 
 
 class ProgressLine(TypedDict):
@@ -119,6 +122,12 @@ class ProgressLine(TypedDict):
     state: str
     message: str
     devices: dict[str, float]
+
+
+class TellingStatus(HouseholdStatus):
+    """The household's, and who asks this device."""
+
+    asking: list[AskerAccount]
 
 
 class NotHereError(PeerLLMError):
@@ -145,7 +154,7 @@ def add_admin(app: web.Application) -> None:
         ApiRoute("GET", f"{prefix}/engine", engine),
         ApiRoute("GET", f"{prefix}/process", process),
         ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
-        ApiRoute("GET", f"{prefix}/events", events, {SSE: HouseholdStatus}, heads=False),
+        ApiRoute("GET", f"{prefix}/events", events, {SSE: TellingStatus}, heads=False),
         change(f"{prefix}/invite", invite),
         change(f"{prefix}/join", join),
         change(f"{prefix}/leave", leave),
@@ -158,7 +167,7 @@ def add_admin(app: web.Application) -> None:
     )
 
 
-async def status(request: web.Request, *, query: StatusQuery) -> HouseholdStatus:
+async def status(request: web.Request, *, query: StatusQuery) -> TellingStatus:
     """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
     if query.wait:
@@ -166,7 +175,11 @@ async def status(request: web.Request, *, query: StatusQuery) -> HouseholdStatus
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
-    return household.status()
+    return _status(request.app)
+
+
+def _status(app: web.Application) -> TellingStatus:
+    return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
 
 
 async def engine(request: web.Request) -> EngineStatus:
@@ -175,21 +188,21 @@ async def engine(request: web.Request) -> EngineStatus:
 
 
 async def process(request: web.Request) -> ProcessFacts:
-    """This daemon's process, its asyncio tasks counted; for who sits at this machine."""
+    """This daemon's process, its asyncio tasks and kept answers counted; for who sits at this machine."""
     if not is_loopback(request.remote or ""):
         raise NotHereError("this is told on the device itself only")
-    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks())}
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "answers": len(request.app[ANSWERS])}
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
-                    await stream.send(household.status())
+                    await stream.send(_status(request.app))
                 else:
                     await stream.comment("unchanged")
     return await stream.end()
@@ -293,7 +306,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, LINES, household_error)
+    stream = Stream(request, LINES, failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

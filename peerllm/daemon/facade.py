@@ -14,12 +14,13 @@ from aiohttp import web
 from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.engine.messages import Constraint, FinishReason
 from peerllm.logprobs import ENTRY_BYTES
-from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
+from peerllm.types import STORED, Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
 _GGUF = ".gguf"
+_DTYPE_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a model in several files
 
 
@@ -60,6 +61,24 @@ class RunProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDetails:
+    """Of a model's weights what is known: "" and 0 is not."""
+
+    family: str = ""  # its architecture
+    parameters: int = 0
+    file_format: str = ""  # "gguf" or "safetensors"
+    level: str = ""  # what they are rounded to, as "Q4_K_M", "INT8" or "BF16"
+
+    @classmethod
+    def of(cls, family: str, parameters: int, form: str, quantize: str, dtype: str) -> ModelDetails:
+        """`form` as in ModelOnDisk; `quantize` and `dtype` as in Inspected."""
+        if not family:
+            return cls()
+        level = form if quantize == STORED else quantize.upper() or _DTYPE_LEVELS.get(dtype, "")
+        return cls(family, parameters, "gguf" if form else "safetensors", level)
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`.
 
@@ -83,6 +102,7 @@ class ServedModel:
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
     abilities: tuple[str, ...] = ()  # besides going on with a text: "tools", "thinking", "embedding"
     disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
+    details: ModelDetails = ModelDetails()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,17 @@ class AnswerWaits(Struct, frozen=True, tag="waits"):
 
 
 class AnswerBegins(Struct, frozen=True, tag="begins"):
-    """The first token is there. All that is told of one answer has its id and its time (Unix seconds)."""
+    """The first token is there. All that is told of one answer has its id and its time (Unix seconds).
+
+    `temperature` and `top_p` are those that it is drawn with.
+    """
 
     id: str
     created: int
     model: str
     prompt_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):
@@ -77,7 +82,7 @@ class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`.
 
 
-    "load" and "unload" end one to which nothing was to be said.
+    "load" and "unload" end one to which nothing was to be said. `all_ids` as Generation.tells_ids has it.
     """
 
     reason: Literal["stop", "length", "load", "unload"]
@@ -86,6 +91,7 @@ class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     stop: str = ""
     timings: Timings = Timings()
     calls: int = 0
+    all_ids: tuple[int, ...] = ()
 
 
 class Embedded(Struct, frozen=True, tag="embedded"):

@@ -140,13 +140,12 @@ def link_entries(
     return entries
 
 
-def weights_form(view: DeploymentView) -> str:
+def weights_form(dtype: str, quantize: str, wanted: str, form: str) -> str:
     """How weights are held, for people; "" while that is not known."""
-    dtype, quantize, wanted = view.dtype, view.quantize, view.quantize_wanted
     if not dtype:
         return ""
     if quantize == STORED:
-        return f"{view.form}, as in the file" if view.form else "as in the file"
+        return f"{form}, as in the file" if form else "as in the file"
     if quantize not in BITS:
         return f"{'float32' if dtype == 'float32' else '16-bit'}, not rounded"
     if wanted == "auto":  # which rounds 16-bit models alone
@@ -174,7 +173,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
         "schedule": view.schedule,
         "activations": view.activations_wanted,
         "quantize": view.quantize_wanted,
-        "weights": weights_form(view),
+        "weights": weights_form(view.dtype, view.quantize, view.quantize_wanted, view.form),
         "coordinator": name(view.coordinator),
         "plan": {
             "stages": stages,

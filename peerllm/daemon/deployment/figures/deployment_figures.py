@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from peerllm.daemon.deployment.deployment import Deployment
+from peerllm.daemon.deployment.figures.tracing import Traces
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
+from peerllm.daemon.deployment.planning.plan_trial import PlanTrial
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
-from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import RunOptions, RunProgress
 from peerllm.daemon.facade_objects import MeasuredSpeed, Preview
 from peerllm.daemon.status.serving_speed import measured
@@ -36,16 +37,17 @@ class DeploymentFigures:
         running = self._find(options.model)
         if running is not None:  # it was asked for by its name
             options = replace(options, model=running.options.model)
-        deployment = Deployment(options, self._around, self._timings)
-        deployment.report.watchers.append(progress)
+        trial = PlanTrial(
+            options, self._around, self._timings, say=lambda what: progress(RunProgress("planning", what))
+        )
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found = await deployment.preview(held)
-        view = deployment.shown().view({})
+        found = await trial.preview(held)
+        inspected = await trial.model.describe()
         return {
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
             "rounded_layers": list(found.rounded_layers),
-            "weights": weights_form(view),
+            "weights": weights_form(inspected.dtype, inspected.quantize, options.quantize, trial.model.form),
         }
 
     async def scenario(self, model: str) -> dict[str, Any]:
