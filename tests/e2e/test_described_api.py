@@ -18,7 +18,7 @@ from tests.sizes import FULL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 if FULL else 300)]
 
-FUZZED = 40 if FULL else 3  # cases of each operation, beside those that cover its schema
+FUZZED = 15 if FULL else 3  # cases of each operation, beside those that cover its schema
 LEAST = 2000 if FULL else 75  # requests to each device
 SOME_TOKENS = 4  # of an answer
 # Would end what the household does, or reaches beyond it.
@@ -92,6 +92,8 @@ def sensible(case: Any, turn: int) -> None:
                 body[name] = [{"role": "user", "content": "Hello"}]
         if not body.get("tools"):
             body.pop("tool_choice", None)
+        if path == "/v1/responses":
+            body |= {"input": "Hello", "previous_response_id": None}
         if isinstance(body.get("prompt"), list) or body.get("prompt") == "":
             body["prompt"] = ["Hello", "you"] if path == "/v1/completions" else "Hello"
     for name in TOKENS.get(path, ()):
