@@ -92,8 +92,6 @@ def sensible(case: Any, turn: int) -> None:
                 body[name] = [{"role": "user", "content": "Hello"}]
         if not body.get("tools"):
             body.pop("tool_choice", None)
-        if path == "/v1/responses":
-            body |= {"input": "Hello", "previous_response_id": None}
         if isinstance(body.get("prompt"), list) or body.get("prompt") == "":
             body["prompt"] = ["Hello", "you"] if path == "/v1/completions" else "Hello"
     for name in TOKENS.get(path, ()):
