@@ -39,6 +39,18 @@ class Account:
     answer_tokens: int = 0
 
 
+class AskerStatus(TypedDict):
+    """An account as it is shown; `device` by its name."""
+
+    name: str
+    by: str
+    device: str
+    under_way: int
+    answers: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
 class Accounts:
     """Since the device's start."""
 
@@ -60,7 +72,11 @@ class Accounts:
         finally:
             account.under_way -= 1
 
+<<<<<<< HEAD
     def told(self, device_name: Callable[[str], str]) -> list[AskerAccount]:
+=======
+    def told(self, device_name: Callable[[str], str]) -> list[AskerStatus]:
+>>>>>>> main
         """Who asked last comes first."""
         return [
             {
