@@ -12,11 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
-<<<<<<< HEAD
-from peerllm.api.askers.accounts import AskerAccount
-=======
 from peerllm.api.askers.accounts import AskerStatus
->>>>>>> main
 from peerllm.api.core.generation import Name
 from peerllm.api.core.named_models import device_name
 from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
@@ -128,12 +124,6 @@ class ProgressLine(TypedDict):
     devices: dict[str, float]
 
 
-class TellingStatus(HouseholdStatus):
-    """The household's, and who asks this device."""
-
-    asking: list[AskerAccount]
-
-
 class NotHereError(PeerLLMError):
     """Only who sits at this machine is told."""
 
@@ -164,11 +154,7 @@ def add_admin(app: web.Application) -> None:
         ApiRoute("GET", f"{prefix}/engine", engine),
         ApiRoute("GET", f"{prefix}/process", process),
         ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
-<<<<<<< HEAD
-        ApiRoute("GET", f"{prefix}/events", events, {SSE: TellingStatus}, heads=False),
-=======
         ApiRoute("GET", f"{prefix}/events", events, {SSE: ToldStatus}, heads=False),
->>>>>>> main
         change(f"{prefix}/invite", invite),
         change(f"{prefix}/join", join),
         change(f"{prefix}/leave", leave),
@@ -181,11 +167,7 @@ def add_admin(app: web.Application) -> None:
     )
 
 
-<<<<<<< HEAD
-async def status(request: web.Request, *, query: StatusQuery) -> TellingStatus:
-=======
 async def status(request: web.Request, *, query: StatusQuery) -> ToldStatus:
->>>>>>> main
     """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
     if query.wait:
@@ -196,11 +178,7 @@ async def status(request: web.Request, *, query: StatusQuery) -> ToldStatus:
     return _status(request.app)
 
 
-<<<<<<< HEAD
-def _status(app: web.Application) -> TellingStatus:
-=======
 def _status(app: web.Application) -> ToldStatus:
->>>>>>> main
     return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
 
 

@@ -14,18 +14,6 @@ from peerllm.api.core.caller import Caller
 MAX_ACCOUNTS = 256  # those without an answer under way go first, the longest silent before others
 
 
-class AskerAccount(TypedDict):
-    """What somebody asked for, of this device since its start."""
-
-    name: str
-    by: str
-    device: str
-    under_way: int
-    answers: int
-    prompt_tokens: int
-    answer_tokens: int
-
-
 @dataclass(slots=True)
 class Account:
     """`by`: how it is known who asks (caller.Caller.known_by). Answers are those that came to their end."""
@@ -72,11 +60,7 @@ class Accounts:
         finally:
             account.under_way -= 1
 
-<<<<<<< HEAD
-    def told(self, device_name: Callable[[str], str]) -> list[AskerAccount]:
-=======
     def told(self, device_name: Callable[[str], str]) -> list[AskerStatus]:
->>>>>>> main
         """Who asked last comes first."""
         return [
             {

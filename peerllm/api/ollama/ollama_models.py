@@ -110,12 +110,7 @@ def _license(directory: Path) -> str:
 
 
 def _entry(model: ServedModel, facts: Mapping[str, DeploymentStatus]) -> OllamaModel:
-<<<<<<< HEAD
-    name = model.name if ":" in model.name else model.name + ANY_TAG
-    about = model.details
-=======
     name, about = model.name if ":" in model.name else model.name + ANY_TAG, model.details
->>>>>>> main
     return {
         "name": name,
         "model": name,
