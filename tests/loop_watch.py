@@ -1,8 +1,9 @@
 """`peerllm` under a watch: how long its event loop stood still, where, and how much of that it computed itself.
 
-`python -m tests.loop_watch FILE up ...` runs the command and keeps the longest stands in FILE, one JSON object a line.
+Put `python -m tests.loop_watch FILE` before a command `python -m peerllm ...`: the longest stands come into FILE, one
+JSON object a line.
 Of a busy machine `stood_ms` tells more than of the program; `worked_ms`, the time that a processor worked on one
-callback of the loop, is the program's own.
+callback of the loop, is the program's own; in `others_ms` its other threads worked meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LoopWatch:
 
     def run(self, original: Callable[[Any], None], handle: Any) -> None:
         """Around one callback."""
-        since, worked = time.perf_counter(), time.thread_time()
+        since, worked, all_worked = time.perf_counter(), time.thread_time(), time.process_time()
         self._began = since, worked
         try:
             original(handle)
@@ -42,9 +43,10 @@ class LoopWatch:
             self._began = None
             stood, took = time.perf_counter() - since, time.thread_time() - worked
             if stood > LEAST_S:
-                self._note(
-                    {"stood_ms": round(1000 * stood, 1), "worked_ms": round(1000 * took, 1), "what": repr(handle)[:300]}
-                )
+                others = time.process_time() - all_worked - took
+                times = {"stood_ms": stood, "worked_ms": took, "others_ms": others}
+                rounded = {name: round(1000 * seconds, 1) for name, seconds in times.items()}
+                self._note({**rounded, "what": repr(handle)[:300]})
 
     def _look(self) -> None:
         while True:
@@ -64,6 +66,18 @@ class LoopWatch:
             file.write(json.dumps({"at": time.time(), **what}) + "\n")
 
 
+def longest(file: Path, since: float, most: int = 5) -> list[dict[str, Any]]:
+    """What the loop computed longest since that time (Unix seconds), each place once, with the end of its stack."""
+    noted = [json.loads(line) for line in file.read_text().splitlines()]
+    works = sorted((one for one in noted if "stack" in one and one["at"] > since), key=lambda one: -one["working_ms"])
+    found = dict[str, dict[str, Any]]()
+    for one in works:
+        lines = [line.strip() for line in one["stack"].splitlines() if line.startswith('  File "')]
+        where = " < ".join(line.split("/")[-1].replace('", line ', ":") for line in reversed(lines[-6:]))
+        found.setdefault(where, {"worked_ms": one["working_ms"], "where": where})
+    return list(found.values())[:most]
+
+
 def main() -> int:
     watch = LoopWatch(Path(sys.argv[1]))
     original = asyncio.Handle._run
@@ -71,7 +85,7 @@ def main() -> int:
     sys.modules["uvloop"] = None  # type: ignore[assignment]  # its callbacks cannot be seen
     from peerllm.cli.main import main as command
 
-    return command(sys.argv[2:])
+    return command(sys.argv[sys.argv.index("peerllm") + 1 :])
 
 
 if __name__ == "__main__":

@@ -137,6 +137,14 @@ def test_chatting_on_loopback_needs_no_token_but_json() -> None:
     assert status(HOME, "POST", "/v1/chat/completions", {"Content-Type": "text/plain"}) == 415
 
 
+def test_what_is_deleted_by_name_needs_no_body() -> None:
+    path = "/v1/responses/resp_1"
+    assert [status(HOME, method, path, {}) for method in ("DELETE", "POST", "PUT")] == [200, 415, 415]
+    assert status(HOME, "DELETE", path, {"Content-Type": "text/plain"}) == 415
+    assert status(HOME, "DELETE", path, {"Origin": "https://evil.example"}) == 403
+    assert status(OPEN, "DELETE", path, {}) == 401
+
+
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/static/app.js", "/peerllm/v1/status", "/nowhere"])
 def test_beyond_loopback_everything_needs_the_token(path: str) -> None:
     cookie = {OPEN.cookie: TOKEN}

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 
+from peerllm.api.bodies import decoded
+from peerllm.api.core.kept.repeat import fingerprint
+from peerllm.api.openai.chat_requests import ChatBody
 from tests.clients import clients
-from tests.household import Device
-from tests.mixed_requests import CHAT, QUESTIONS, TOKENS, alone, at_once, mixed
+from tests.household import Device, household
+from tests.loop_watch import longest
+from tests.mixed_requests import CHAT, QUESTIONS, TOKENS, Request, alone, at_once, mixed
 from tests.sizes import FULL
 
 REQUESTS = 200 if FULL else 40
+LONG_MEASURES = 8  # of what reading a large body takes: 15 ms where this was written
 SETTLED_S = 60.0  # until connections between devices that nobody uses are closed
 
 
@@ -50,6 +57,33 @@ async def test_all_of_them_may_ask_one_device_that_asks_another(demo: list[Devic
 
         found = await asyncio.gather(*(ask() for _ in range(200)))
     assert found == [200] * 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_no_loop_computes_for_long_at_a_time(tmp_path: Path) -> None:
+    """Whatever is asked, everybody else gets a turn; what takes longer is computed elsewhere.
+
+    The measure is what this machine takes for the largest thing that is done in one go: reading a large body.
+    """
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("anna", "ben")}
+    prefixes = {name: (sys.executable, "-m", "tests.loop_watch", str(file)) for name, file in files.items()}
+    large = json.dumps({"model": "builtin", "messages": [{"role": "user", "content": "word " * (6 << 18)}]}).encode()
+    since = time.thread_time()
+    fingerprint(decoded(large, ChatBody).generations()[0])
+    measure_ms = 1000 * (time.thread_time() - since)
+    with household(tmp_path, list(files), prefixes=prefixes) as devices:
+        devices[0].cli("run", "builtin", "--context", "1024")
+        urls = [device.url for device in devices]
+        async with clients() as session:
+            known, began = await alone(session, urls[0]), time.time()
+            asked = [*mixed(known, REQUESTS), *(Request("large", CHAT, large, 400) for _ in urls)]
+            wrong = await at_once(session, urls, asked)
+    assert not wrong, "\n".join(wrong)
+    for file in files.values():
+        assert file.exists()
+        for one in longest(file, began):
+            assert one["worked_ms"] < LONG_MEASURES * measure_ms, one
 
 
 def test_one_id_is_in_the_logs_of_all_devices(demo: list[Device]) -> None:

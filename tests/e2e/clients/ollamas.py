@@ -96,7 +96,9 @@ class Ollama(OllamaClient):
 
     def models(self) -> list[str]:
         shown = self._client().show("builtin")
-        assert "completion" in shown.capabilities and shown.modelinfo["peerllm.context_length"] >= 512
+        length = f"{shown.modelinfo['general.architecture']}.context_length"
+        runs = "builtin:latest" in [one.model for one in self._client().ps().models]
+        assert "completion" in shown.capabilities and (not runs or shown.modelinfo[length] >= 512)
         return [one.model.removesuffix(":latest") for one in self._client().list().models]
 
     def body(self, question: Question) -> dict[str, Any]:
