@@ -10,9 +10,9 @@ import orjson
 
 from peerllm.errors import ModelError
 from peerllm.regular_files import UnfitFileError, read_regular
+from peerllm.stored_types import POOLING_FILE
 
 MAX_FILE_BYTES = 16 << 20  # of each file but the tokenizer
-POOLING_FILE = Path("1_Pooling") / "config.json"  # as sentence-transformers writes it
 
 Marks = tuple[str, str]  # before and behind what is thought
 MARKS: tuple[Marks, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"))

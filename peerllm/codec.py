@@ -44,6 +44,8 @@ def _converter(union: Any) -> cattrs.Converter:
     for kind in (int, str, bool):
         converter.register_structure_hook(kind, _strict(kind))
     converter.register_structure_hook(float, _number)
+    converter.register_unstructure_hook(bytes, bytes.hex)  # of which C does more than of base 85
+    converter.register_structure_hook(bytes, lambda value, _: bytes.fromhex(value))
     for tagged in _unions(union):  # inner unions first: the hooks of outer ones use theirs
         configure_tagged_union(tagged, converter, tag_name="type")
     return converter

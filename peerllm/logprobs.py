@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from itertools import starmap
 
 MAX_LIKELIEST = 20  # that can be asked for with a token, as OpenAI has it
 _ENTRY = struct.Struct("<if")  # token id, natural logarithm of its probability
@@ -16,7 +17,7 @@ Entry = tuple[int, float]
 
 def packed(entries: Iterable[Entry]) -> bytes:
     """Of one token that was drawn, whose own entry comes first."""
-    return b"".join(_ENTRY.pack(*one) for one in entries)
+    return b"".join(starmap(_ENTRY.pack, entries))
 
 
 def unpacked(data: bytes) -> list[Entry]:

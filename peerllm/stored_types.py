@@ -14,6 +14,7 @@ STORED_TYPES: Mapping[str, tuple[int, int]] = {
 }  # fmt: skip
 PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 FLOATS = PLAIN_FLOATS | {"F8_E4M3", "F8_E5M2"}
+POOLING_FILE = "1_Pooling/config.json"  # how hidden states become one vector, as sentence-transformers writes it
 TENSOR_LIST = "tensors.json"  # names, by absolute path, the files in which a directory's tensors lie (GGUF)
 
 

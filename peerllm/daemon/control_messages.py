@@ -125,6 +125,9 @@ class DeploymentView:
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
     abilities: tuple[str, ...] = ()  # of the model, see chat_templates
     idle_since: int = 0  # unix seconds, where it makes room for others; 0: it is used, or a person's
+    on_demand: bool = False  # a request started it, and no person
+    family: str = ""  # the model's architecture; "": not known yet
+    parameters: int = 0  # about; 0: not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +439,15 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Computing:
+    """A coordinator tells the devices of a plan which request they compute for from now on, for their logs."""
+
+    deployment: DeploymentId
+    sequence: int
+    request: str  # its id (request_ids.py)
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerCopied:
     """A coordinator tells its successor of an answer under way that has a key; ids that come follow (AnswerGrew)."""
 
@@ -463,5 +475,5 @@ class AnswerGrew:
 
 Control = (
     Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
-    | Progress | Trouble | AnswerCopied | AnswerGrew
+    | Progress | Trouble | AnswerCopied | AnswerGrew | Computing
 )  # fmt: skip

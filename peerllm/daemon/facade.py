@@ -11,14 +11,16 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.engine.messages import Constraint, FinishReason
 from peerllm.logprobs import ENTRY_BYTES
-from peerllm.types import Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
+from peerllm.types import STORED, Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
 _GGUF = ".gguf"
+_DTYPE_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a model in several files
 
 
@@ -59,6 +61,24 @@ class RunProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDetails:
+    """Of a model's weights what is known: "" and 0 is not."""
+
+    family: str = ""  # its architecture
+    parameters: int = 0
+    file_format: str = ""  # "gguf" or "safetensors"
+    level: str = ""  # what they are rounded to, as "Q4_K_M", "INT8" or "BF16"
+
+    @classmethod
+    def of(cls, family: str, parameters: int, form: str, quantize: str, dtype: str) -> ModelDetails:
+        """`form` as in ModelOnDisk; `quantize` and `dtype` as in Inspected."""
+        if not family:
+            return cls()
+        level = form if quantize == STORED else quantize.upper() or _DTYPE_LEVELS.get(dtype, "")
+        return cls(family, parameters, "gguf" if form else "safetensors", level)
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """A deployment of the household as the API needs it; only its source has `model_dir` and `stop_ids`.
 
@@ -82,6 +102,7 @@ class ServedModel:
     expires: int = 0  # unix seconds at which it is unloaded if nobody asks for it; 0: never
     abilities: tuple[str, ...] = ()  # besides going on with a text: "tools", "thinking", "embedding"
     disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
+    details: ModelDetails = ModelDetails()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +176,11 @@ class Household(Protocol):
         """Returns when the device can be used; until then only `status` and `changed` may be asked."""
         ...
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> HouseholdStatus:
         """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
-    async def engine(self) -> dict[str, Any]:
+    async def engine(self) -> EngineStatus:
         """What this device's engine holds at this moment: stages with slots in use, bytes, measured step times."""
         ...
 
@@ -216,7 +237,7 @@ class Household(Protocol):
         """Delete such a name, or a model that was pulled; BadInputError says why that is not done."""
         ...
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         """What `run` would plan for now; nothing is reserved or loaded.
 
         "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk, "rounded_layers" the layers
@@ -235,7 +256,7 @@ class Household(Protocol):
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
+    ) -> MeasuredSpeed:
         """Answers of a fixed length, begun at once or one after another, measured (daemon/status/serving_speed.py)."""
         ...
 
@@ -263,11 +284,11 @@ class Household(Protocol):
 
     async def leave(self) -> None: ...
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> LimitsStatus:
         """What the owner allows (decide/owner_limits.OwnerLimits), and "leaving": why nothing is lent now, or ""."""
         ...
 
-    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    async def set_limits(self, changes: Mapping[str, Any]) -> LimitsStatus:
         """Set some of them, for now and later starts; gives all. BadInputError names what is no limit."""
         ...
 

@@ -10,6 +10,7 @@ from peerllm.daemon.control_messages import (
     Answer,
     AnswerCopied,
     AnswerGrew,
+    Computing,
     Control,
     DeviceView,
     Have,
@@ -98,6 +99,7 @@ class HouseholdEvents:
         views = {device: peer.view.deployments for device, peer in peers.items() if peer.view}
         parts.household_models.hear(peers, views, silent)
         self._look_ahead()
+        parts.coordinator.look_for_others()
         parts.poke()
 
     def _look_ahead(self) -> None:
@@ -139,6 +141,8 @@ class HouseholdEvents:
             self._parts.coordinator.told(device, message.holdings)
             self._seen(device, message)
             self._parts.successor.told(device, message.deployments, message.obeyed)
+        elif isinstance(message, Computing):
+            self._parts.worker.computing(device, message)
         elif isinstance(message, AnswerCopied | AnswerGrew):
             self._parts.successor.hear(device, message)
 

@@ -66,9 +66,11 @@ def token_logprobs(row: npt.NDArray[np.float32], token: int, count: int) -> byte
         even = row - row.max()
     whole = math.log(np.exp(even).sum(dtype=np.float64))
     count = min(count, len(row))
-    likeliest = np.flatnonzero(even >= np.partition(even, -count)[-count]) if count else np.empty(0, np.int64)
-    likeliest = likeliest[np.argsort(-even[likeliest], kind="stable")][:count]
-    return packed((int(one), max(float(even[one]) - whole, LEAST)) for one in (token, *likeliest))
+    ids = [token]
+    if count:
+        likeliest = np.flatnonzero(even >= np.partition(even, -count)[-count])
+        ids += likeliest[np.argsort(-even[likeliest], kind="stable")][:count].tolist()
+    return packed(zip(ids, np.maximum(even[ids] - whole, LEAST).tolist(), strict=True))
 
 
 def allowed_ids(mask: bytes, vocabulary: int) -> npt.NDArray[np.int64]:

@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.api.text.model_text import ModelText
+from peerllm.api.text.tokens.decoding_table import DecodingTable
 from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
@@ -72,6 +75,17 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     return tokenizer
+
+
+def as_told(tokenizer: Tokenizer) -> DecodingTable:
+    """By the process that has read it."""
+    with TemporaryDirectory() as directory:
+        tokenizer.save(f"{directory}/tokenizer.json")
+        text = ModelText(Path(directory))
+    facts, tokens = text.table(), list[str | None]()
+    while len(tokens) < facts["ids"]:
+        tokens += text.tokens(len(tokens))
+    return DecodingTable(facts, tokens)
 
 
 def make_model_dir(path: Path, template: str | None = TEMPLATE, generation: dict[str, Any] | None = None) -> Path:
@@ -147,6 +161,7 @@ class FakeHousehold:
         self.queued: list[int] = []
         self.error_at_once: Exception | None = None
         self.error_midway: Exception | None = None
+        self.error_in_gate: Exception | None = None  # before the first token, behind `gate`
         self.finish: Any = "stop"
         self.reused = 0  # of a prompt's tokens
         self.gate: asyncio.Event | None = None  # holds the answer back until set
@@ -281,6 +296,8 @@ class FakeHousehold:
                 await asyncio.sleep(self.pace_s)
             if self.gate is not None:
                 await self.gate.wait()
+            if self.error_in_gate:
+                raise self.error_in_gate
             if request.pool:
                 yield Chunk((), "stop", vector=(float(len(request.prompt)), float(request.prompt[-1]), 2.0, -4.0))
                 return

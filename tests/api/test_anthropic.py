@@ -124,7 +124,9 @@ async def test_errors_have_its_shape(
     for stream in (True, False):
         with pytest.raises(caught) as found:
             await claude.messages.create(**ASK, stream=stream)
-        assert found.value.body == {"type": "error", "error": {"type": kind, "message": str(error)}}
+        told = {"type": "error", "error": {"type": kind, "message": str(error)}}
+        assert found.value.body == {**told, "request_id": found.value.request_id}
+        assert found.value.request_id is not None
 
 
 async def test_an_error_midway_is_an_event(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
@@ -15,11 +16,11 @@ import ollama
 import openai
 import pytest
 
-from peerllm.api.core import embeddings
+from peerllm.api.core import asking, embeddings
 from peerllm.api.server import ApiServer
 from peerllm.api.text.pooling_file import pooling_of
-from peerllm.errors import EngineError, ModelError
-from tests.api.fake import CONTEXT, FakeHousehold
+from peerllm.errors import EngineError, ModelError, UnavailableError
+from tests.api.fake import BOUND_S, CONTEXT, FakeHousehold
 
 
 @pytest.fixture
@@ -132,6 +133,28 @@ async def test_another_device_computes_them(
         async with client.post("/v1/embeddings", json=body) as response:
             assert await response.json() == here
     assert not household.requests and len(other.requests) == 2
+
+
+async def test_the_device_that_goes_on_with_a_model_embeds_for_it(
+    client: aiohttp.ClientSession,
+    household: FakeHousehold,
+    successor: tuple[aiohttp.ClientSession, FakeHousehold],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "RETRY_S", 0.01)
+    _, other = successor
+    household.gate = asyncio.Event()
+    body = {"model": "builtin", "input": "abc", "encoding_format": "float"}
+    async with other.control_port() as url:
+        household.peers["b" * 64] = url
+        asked = asyncio.create_task(client.post("/v1/embeddings", json=body))
+        await household.asked.wait()
+        household.served = [replace(household.model, source="b" * 64, model_dir=None)]
+        household.error_in_gate = UnavailableError("mini-pc serves builtin now; ask again")
+        household.gate.set()
+        async with asyncio.timeout(BOUND_S), await asked as response:
+            (made,) = (await response.json())["data"]
+    assert made["embedding"] == unit(raw(household, "abc")) and len(other.requests) == 1
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ FORM: Any = {"type": "object", "properties": {"name": {"enum": ["Bob", "now"]}},
 EOS, EOS_ID = "<eos>", END + 1
 ENDS, PRINTED = ({byte_tokenizer().token_to_id(sign) for sign in signs} for signs in ('"}]', map(chr, range(33, 127))))
 LONGEST = 3000  # tokens
-SEEDS = 20 if FULL else 1
+SEEDS, MOST_SEEDS = 20 if FULL else 1, 60
 FORMS_AND_TOKENS = [*((form, special) for form in FORMS for special in (True, None)), ("mistral", False)]
 Calls = list[tuple[str, str]]
 
@@ -148,16 +148,17 @@ def check(calls: Calls) -> None:
 
 @pytest.mark.parametrize(("form", "special"), FORMS_AND_TOKENS)
 def test_what_must_be_calls_is_nothing_else(form: str, special: bool | None) -> None:
-    counts = set()
     for several in (True, False):
-        made = grammar(form, special, needed=True, several=several)
-        for seed in range(SEEDS):
+        made, counts = grammar(form, special, needed=True, several=several), set[int]()
+        for seed in range(MOST_SEEDS):
+            if seed >= SEEDS and (not several or len(counts) > 1):
+                break
             text = Walk(made, marked(form), special, seed).text()
             said, calls = heard(form, text, one=not several)
             assert not said.strip() and 1 <= len(calls) <= (MAX_CALLS if several else 1), text
             check(calls)
             counts.add(len(calls))
-    assert len(counts) > 1 or special is None or not FULL
+        assert (len(counts) > 1) == several
 
 
 def opening(form: str) -> str:
@@ -222,3 +223,20 @@ def test_a_text_has_its_form_where_there_is_no_call(form: str, special: bool | N
             else:
                 Draft202012Validator(FORM).validate(json.loads(said))
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("form", "special"), [("tagged objects", True), ("tagged objects", None), ("mistral", True)])
+def test_calls_behind_the_first_are_kept_too(form: str, special: bool | None) -> None:
+    made, begin = grammar(form, special), opening(form)
+    call = Walk(grammar(form, special, needed=True, several=False), marked(form), special, 1).text()
+    for text, right in ((f"A {call} B {call} C", True), (f"A {call} B {begin}x", False), (f"A {begin}x", False)):
+        ids = tokenizer(marked(form), special).encode(text).ids
+        matcher = LLMatcher(known(marked(form), special), made, log_level=0)
+        assert (matcher.try_consume_tokens(ids) == len(ids)) == right, text
+
+
+def test_where_answers_have_channels_one_is_for_thoughts() -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    for answer, kept in ((None, {"needed": True}), ({"kind": "schema", "schema": FORM}, {})):
+        made = grammar("harmony", True, answer, **kept)
+        assert Walk(made, marked("harmony"), True, 1).text(f"{thought}<|channel|>").startswith(thought)

@@ -16,8 +16,9 @@ from peerllm.api.core import model_wait, own_answer
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import seconds_of
 from peerllm.api.server import ApiServer
+from peerllm.daemon.facade import ModelDetails
 from peerllm.errors import EngineError, OverloadedError
-from tests.api.fake import BOUND_S, CONTEXT, FakeHousehold, deployment
+from tests.api.fake import BOUND_S, CONTEXT, TEMPLATE, FakeHousehold, deployment
 
 HI = [{"role": "user", "content": "hi"}]
 ASK: Any = {"model": "builtin", "messages": HI}
@@ -131,7 +132,11 @@ async def test_models_are_listed_and_shown(lama: ollama.AsyncClient, household: 
     loading = replace(
         household.model, name="owner--m:Q4_K_M", model="owner/m:Q4_K_M", deployment="e" * 32, state="loading"
     )
-    household.served = [household.model, loading]
+    directory = household.model.model_dir
+    assert directory is not None
+    (directory / "LICENSE").write_text("Do as you like.")
+    about = ModelDetails.of("llama", 134_515_008, "Q4_K_M", "stored", "float32")
+    household.served = [replace(household.model, details=about), loading]
     household.deployments = [deployment()]
     listed = (await lama.list()).models
     assert [one.model for one in listed] == [BUILTIN, "owner--m:Q4_K_M"]
@@ -146,7 +151,13 @@ async def test_models_are_listed_and_shown(lama: ollama.AsyncClient, household: 
         information: Any = shown.modelinfo
         family = information["general.architecture"]
         assert information[f"{family}.context_length"] == household.model.context
-        assert shown.details is not None and shown.details.family == family
+        assert shown.details is not None and shown.details.family == family == "llama"
+        assert (shown.details.parameter_size, shown.details.quantization_level) == ("134.52M", "Q4_K_M")
+        assert shown.details.format == "gguf" and listed[0].details == running.details == shown.details
+        assert information["general.parameter_count"] == 134_515_008
+        assert shown.modified_at == listed[0].modified_at and shown.template == TEMPLATE
+        assert shown.parameters is not None and "num_ctx" in shown.parameters and "temperature" in shown.parameters
+        assert shown.license == "Do as you like."
 
 
 async def test_it_says_that_it_is_there(client: aiohttp.ClientSession) -> None:
@@ -217,9 +228,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"options": {"keep_alive": "soon"}}, "keep_alive"),
     ("chat", {"keep_alive": "soon"}, "keep_alive"),
     ("chat", {"keep_alive": []}, "keep_alive"),
-    ("generate", {"suffix": "x"}, "suffix"),
-    ("generate", {"context": [1]}, "/api/chat"),
-    ("generate", {"template": "x"}, "template"),
+    ("generate", {"suffix": "x"}, "does not support insert"),
+    ("generate", {"context": [1, 999_999]}, "context has a token id"),
+    ("generate", {"context": [-1]}, "context[0]"),
+    ("generate", {"context": [1] * CONTEXT}, "context"),
+    ("generate", {"context": [1], "raw": True}, "raw mode does not support"),
+    ("generate", {"system": "x", "raw": True}, "raw mode does not support"),
+    ("generate", {"template": "{{ range .Messages }}{{ end }}"}, "{{ range .Messages }}"),
+    ("generate", {"template": "{{ .Messages }}"}, ".Messages"),
+    ("generate", {"template": "{{ if .Prompt }}"}, "no end"),
+    ("generate", {"template": "{{ end }}"}, "{{ end }}"),
     ("generate", {"images": ["AA=="]}, "images"),
     ("show", {"model": ""}, "model is missing"),
 ]

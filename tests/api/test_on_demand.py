@@ -81,6 +81,7 @@ async def test_lists_have_what_is_on_disk_and_ps_what_is_loaded(
     assert [(await lama.show(str(one.model))).capabilities for one in tags] == capabilities
     assert [one.model for one in tags] == ["builtin:latest", "smollm2:latest"]
     assert tags[1].size == 1234
+    assert tags[1].details is not None and tags[1].details.parameter_size == "135M"
     (ps,) = (await lama.ps()).models
     assert (
         ps.model == "builtin:latest" and ps.expires_at is not None and int(ps.expires_at.timestamp()) == 1_700_000_300

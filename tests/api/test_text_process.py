@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
+from peerllm import chat_templates
 from peerllm.api.server import ApiServer
 from peerllm.api.text import model_text, text_process, text_store
 from peerllm.api.text.text_bounds import bounds_of
@@ -184,12 +185,13 @@ async def test_closing_ends_it_even_at_work(tmp_path: Path) -> None:
 
 async def test_files_are_bounded_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = TextStore(in_process=True)
-    for name, bound in (("tokenizer.json", "MAX_TOKENIZER_BYTES"), ("tokenizer_config.json", "MAX_FILE_BYTES")):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         directory = make_model_dir(tmp_path / name)
         with monkeypatch.context() as patch:
-            patch.setattr(model_text, bound, 10)
-            if name == "tokenizer_config.json":
-                patch.setattr(model_text._read, "__defaults__", (10,))
+            if name == "tokenizer.json":
+                patch.setattr(model_text, "MAX_TOKENIZER_BYTES", 10)
+            else:
+                patch.setattr(chat_templates.model_file, "__defaults__", (10,))
             with pytest.raises(ModelError, match=f"{name} is larger than 10 bytes"):
                 await text_of(store, directory)
     (tmp_path / "fifo").mkdir()

@@ -17,11 +17,12 @@ from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer
-from peerllm.api.text.reasoning import MARKS, ReasoningSplitter
+from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.tokens.token_bytes import TokenBytes
 from peerllm.api.text.tokens.token_places import TokenPlaces
 from peerllm.builtin import MODEL_DIR
+from peerllm.chat_templates import MARKS
 from peerllm.logprobs import packed
 from tests.sizes import examples
 

@@ -242,6 +242,7 @@ class Device:
     online: bool = True
     machine: str = ""
     told: list = field(default_factory=list)
+    computing: list = field(default_factory=list)
     switched: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -339,6 +340,9 @@ class Device:
         self.told.append(message)
         self.house.changed()
 
+    def tell_device(self, device, message):
+        self.computing.append((device, message))
+
     def switch(self, deployment, epoch):
         self.switched.append(epoch)
 
@@ -359,10 +363,14 @@ class Device:
         return self.coordinator
 
     def views(self):
-        return [v for d in self.house.devices.values() if d is not self for v in d.coordinator.views()]
+        others = [d for d in self.house.devices.values() if d is not self and self.house.views_travel]
+        return [v for d in others for v in d.coordinator.views()]
 
     def changed(self):
         self.house.changed()
+        for one in self.house.devices.values():
+            if one is not self and self.house.views_travel:
+                asyncio.get_running_loop().call_soon(one.coordinator.look_for_others)
 
 
 class House:
@@ -375,6 +383,7 @@ class House:
         self.downloads: list[str] = []
         self.download_gate = asyncio.Event()  # downloads wait for it
         self.download_gate.set()
+        self.views_travel = True  # what devices say of their deployments reaches the others
         self.switch_gate = asyncio.Event()  # engines' sequences change their epoch when it is open
         self.switch_gate.set()
         self.hub_places = None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import signal
 from dataclasses import replace
 
+import aiohttp
 import pytest
 import pytest_asyncio
 import torch
 import transformers
 
+from peerllm.api.server import ApiServer
 from peerllm.builtin import MODEL_DIR
 from peerllm.daemon.control_messages import Trace
 from peerllm.daemon.daemon import Daemon
@@ -188,6 +191,57 @@ async def test_the_builtin_model_over_three_says_what_one_device_says(daemons):
     assert deployment(laptop, "builtin")["epoch"] == 1
     await laptop.stop("builtin")
     await until(daemons, lambda: nothing_left(daemons))
+
+
+@contextlib.asynccontextmanager
+async def apis(daemons):
+    """A client of each daemon's API."""
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = []
+        for daemon in daemons:
+            server = ApiServer(daemon, "127.0.0.1", 0, daemon.settings.data_dir, in_process=True)
+            await server.start()
+            stack.push_async_callback(server.close)
+            sessions.append(await stack.enter_async_context(aiohttp.ClientSession(server.url)))
+        yield sessions
+
+
+async def test_what_several_are_asked_for_at_once_is_started_once_and_all_embed_with_it(daemons):
+    async def ask(session, path, **body):
+        async with asyncio.timeout(BOUND_S), session.post(path, json={"model": "builtin", **body}) as response:
+            assert response.status == 200, await response.text()
+            return await response.json()
+
+    text = "The kettle sings."
+    async with apis(daemons) as sessions:
+        chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
+        told = {daemon: daemon.network.broadcast for daemon in daemons}
+        for daemon in daemons:
+            daemon.network.broadcast = lambda view: None  # nobody hears yet what the others start
+        asking = [asyncio.create_task(ask(one, "/v1/chat/completions", **chat)) for one in sessions]
+        await until(daemons, lambda: all(daemon.coordinator.views() for daemon in daemons))
+        for daemon in daemons:
+            daemon.network.broadcast = told[daemon]
+            told[daemon](daemon._view())
+        answers = await asyncio.gather(*asking)
+        assert len({one["choices"][0]["message"]["content"] for one in answers}) == 1
+        await until(daemons, lambda: all(len(running(daemon)) == 1 for daemon in daemons))
+        assert {(one.name, one.state) for daemon in daemons for one in running(daemon)} == {("builtin", "serving")}
+        made = [await ask(one, "/v1/embeddings", input=[text, "x"], dimensions=100) for one in sessions]
+        assert made[1:] == made[:-1]
+        older = [await ask(one, "/api/embed", input=text) for one in sessions]
+        assert older[0]["embeddings"] == older[1]["embeddings"] == older[2]["embeddings"]
+        await ask(sessions[JETSON], "/api/generate", keep_alive=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL_DIR)
+    model = transformers.AutoModel.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    with torch.inference_mode():
+        states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+    mean = states.mean(0)
+    found = torch.tensor(older[0]["embeddings"][0])
+    assert torch.nn.functional.cosine_similarity(found, mean, dim=0) > 0.9999
+    cut = torch.tensor(made[0]["data"][0]["embedding"])
+    assert torch.allclose(cut, torch.nn.functional.normalize(mean[:100], dim=0), atol=1e-3)
+    await until(daemons, lambda: nothing_left(daemons) and not any(map(running, daemons)))
 
 
 async def test_more_sequences_than_slots_are_queued_and_all_exact(daemons, llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypedDict
 
+from peerllm import request_ids
 from peerllm.api.anthropic.anthropic_objects import (
     AnswerBlock,
     AnswerTokens,
@@ -140,9 +141,11 @@ class AnthropicErrorPart(ErrorMore):
 class AnthropicError(TypedDict):
     type: Literal["error"]
     error: AnthropicErrorPart
+    request_id: str
 
 
 def anthropic_error(facts: ErrorFacts) -> AnthropicError:
-    """{"type": "error", "error": {"type", "message"}}, with what is ours beside them."""
+    """{"type": "error", "error": {"type", "message"}, "request_id"}, with what is ours beside them."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": facts.message, **facts.more}}
+    error: AnthropicErrorPart = {"type": kind, "message": facts.message, **facts.more}
+    return {"type": "error", "error": error, "request_id": request_ids.current()}

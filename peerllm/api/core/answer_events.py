@@ -82,7 +82,7 @@ class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`.
 
 
-    "load" and "unload" end one to which nothing was to be said.
+    "load" and "unload" end one to which nothing was to be said. `all_ids` as Generation.tells_ids has it.
     """
 
     reason: Literal["stop", "length", "load", "unload"]
@@ -91,6 +91,7 @@ class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     stop: str = ""
     timings: Timings = Timings()
     calls: int = 0
+    all_ids: tuple[int, ...] = ()
 
 
 class Embedded(Struct, frozen=True, tag="embedded"):

@@ -22,7 +22,7 @@ from peerllm.api.core.own_answer import begun_answer, counted, told
 from peerllm.api.core.own_embedding import embedding
 from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
-from peerllm.api.keys import ANSWERS, HOUSEHOLD
+from peerllm.api.keys import ACCOUNTS, ANSWERS, HOUSEHOLD
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.errors import EngineError, LinkError, UnavailableError
 from peerllm.types import DeviceId
@@ -32,7 +32,14 @@ SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: long
 RETRY_S = 0.5  # seconds between two tries
 
 
-async def answer(
+def answer(
+    app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
+) -> AsyncGenerator[AnswerEvent]:
+    """By this device or by the model's source, counted for whoever asks; closing it cancels the sequence everywhere."""
+    return app[ACCOUNTS].counted(caller, _answer(app, wanted, caller, repeat))
+
+
+async def _answer(
     app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
 ) -> AsyncGenerator[AnswerEvent]:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest.
@@ -40,7 +47,27 @@ async def answer(
     When the device that computes it is lost, or gives the model to another, it goes on there. Closing it cancels the
     sequence on every device, unless the client has a key.
     """
-    until, asked, store = None, repeat or fleeting(wanted), app[ANSWERS]
+    asked = repeat or fleeting(wanted)
+    while True:
+        try:
+            async with aclosing(_sought(app, wanted, caller, asked, lasting=repeat is not None)) as events:
+                async for event in events:
+                    yield event
+            return
+        except (UnavailableError, UnknownModelError) as error:
+            mistaken = caller.device and isinstance(error, UnknownModelError)  # that device may name the asking one
+            if not _moved(app, wanted.model, "", *([caller.device] if mistaken else ())):
+                raise
+            if caller.device:  # which hears of the other device, too
+                raise DeviceLeavingError(str(error)) from error
+            await asyncio.sleep(RETRY_S)  # until that one has heard of it
+
+
+async def _sought(
+    app: web.Application, wanted: Generation, caller: Caller, asked: Repeat, lasting: bool
+) -> AsyncGenerator[AnswerEvent]:
+    """By the device that answers for the model now. `lasting`: the client has a key."""
+    until, store = None, app[ANSWERS]
     unload = wanted.load_only and wanted.keep_alive_s == 0
     while True:
         if unload and not (there := find_model(app, wanted.model, bool(caller.device))).source:
@@ -80,7 +107,7 @@ async def answer(
                             yield event
                     return
                 except LinkError as error:
-                    until = until or time.monotonic() + (SOUGHT_S if repeat is None and asked.had is None else RESUME_S)
+                    until = until or time.monotonic() + (RESUME_S if lasting or asked.had is not None else SOUGHT_S)
                     if time.monotonic() >= until:
                         what = f"no answer of {model.name} to its end: {error}; ask again in a moment"
                         raise LinkError(what) from error
@@ -92,20 +119,13 @@ async def answer(
             if kept is None:
                 begin = begun_answer(app, wanted, model, caller, asked)
                 kept = store.begin(asked.key, asked.fingerprint, caller.payer(wanted.user), begin, asked.fleeting)
-        try:
-            with store.reading(kept):
-                begun = await kept.started()
-                async with aclosing(told(app, begun, kept.chunks(), asked.had, asked.beyond)) as events:
-                    async for event in events:
-                        asked.note(event)
-                        yield event
-            return
-        except UnavailableError as error:  # the deployment ended here: whoever goes on with it goes on with the answer
-            if not _moved(app, wanted.model, ""):
-                raise
-            if caller.device:
-                raise DeviceLeavingError(str(error)) from error
-            await asyncio.sleep(RETRY_S)  # until that one has heard of it
+        with store.reading(kept):
+            begun = await kept.started()
+            async with aclosing(told(app, begun, kept.chunks(), asked.had, asked.beyond)) as events:
+                async for event in events:
+                    asked.note(event)
+                    yield event
+        return
 
 
 async def prompt_tokens(app: web.Application, wanted: Generation, caller: Caller) -> int:
@@ -117,9 +137,9 @@ async def prompt_tokens(app: web.Application, wanted: Generation, caller: Caller
     raise EngineError("the tokens were not counted; ask again")
 
 
-def _moved(app: web.Application, model: str, source: DeviceId) -> bool:
-    """Whether another device than the source answers for it now."""
+def _moved(app: web.Application, model: str, *sources: DeviceId) -> bool:
+    """Whether another device than these answers for it now."""
     try:
-        return find_model(app, model).source != source
+        return find_model(app, model).source not in sources
     except UnknownModelError:
         return False  # it may be listed again in a moment

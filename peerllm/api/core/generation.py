@@ -116,6 +116,9 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     model: Name
     messages: Annotated[tuple[ChatMessage, ...], Meta(max_length=MAX_MESSAGES)] = ()
     prompt: str | tuple[int, ...] = ""  # a text, or token ids
+    suffix: str = ""  # the prompt is text, and the answer stands between it and this
+    after: tuple[int, ...] = ()  # ids of earlier messages and the answer to them, which this follows
+    tells_ids: bool = False  # the end of the answer tells all ids, for what comes `after` it
     max_tokens: TokenCount | None = None  # None: as many as the context has room for
     stops: Annotated[tuple[StopString, ...], Meta(max_length=MAX_STOPS)] = ()
     sampling: SamplingOptions = SamplingOptions()

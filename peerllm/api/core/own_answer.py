@@ -57,8 +57,9 @@ async def begun_answer(
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
     chat = prompt if wanted.messages else None
+    told_ids = prompt if wanted.tells_ids else None
     asked = wanted.logprobs is not None
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked)
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked, told_ids)
 
 
 async def counted(app: web.Application, wanted: Generation, model: ServedModel, caller: Caller) -> AnswerEnds:
@@ -80,12 +81,17 @@ async def _encoded(
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:
+    if not all(text.knows(one) for one in wanted.after):
+        raise FieldError("context has a token id that the model does not know", "context")
+    if wanted.suffix and not text.fill_in:
+        raise FieldError(f"{wanted.model!r} does not support insert", "suffix", "unsupported_parameter")
     if wanted.messages:
         messages = [msgspec.to_builtins(one) for one in wanted.messages]
         tools = [_function(tool) for tool in wanted.calls().tools]
-        return await app[TEXTS].prompt(text, messages, context, asker, wanted.reasoning, tools)
+        return await app[TEXTS].prompt(text, messages, context, asker, wanted.reasoning, tools, wanted.after)
     if isinstance(wanted.prompt, str):
-        return await app[TEXTS].prompt(text, wanted.prompt, context, asker)
+        filled = text.fill_in.format(before=wanted.prompt, after=wanted.suffix) if wanted.suffix else wanted.prompt
+        return await app[TEXTS].prompt(text, filled, context, asker, after=wanted.after)
     if not all(text.knows(one) for one in wanted.prompt):
         raise FieldError("prompt has a token id that the model does not know", "prompt")
     if not 0 < len(wanted.prompt) < context:
@@ -141,7 +147,7 @@ async def told(
     usage = Usage(begun.begins.prompt_tokens, len(answer.ids), answer.reused)
     timings = Timings(first - since, time.monotonic() - first)
     ids = tuple(answer.ids[parts.sent :])
-    yield AnswerEnds(answer.finish, usage, ids, answer.scanner.found, timings, parts.calls)
+    yield AnswerEnds(answer.finish, usage, ids, answer.scanner.found, timings, parts.calls, begun.all_ids(answer.ids))
 
 
 def _parts(

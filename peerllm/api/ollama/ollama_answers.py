@@ -92,7 +92,8 @@ class OllamaAnswers:
             "eval_count": usage.answer_tokens,
             "eval_duration": int(timings.answer_s * _NS),
         }
-        return {**self._line(text, thought, True, calls), **counts}
+        context = {"context": list(ends.all_ids)} if ends.all_ids and not self._chat else {}
+        return {**self._line(text, thought, True, calls), **counts, **context}
 
 
 def _logprobs(tokens: Sequence[ToldToken]) -> dict[str, Any]:

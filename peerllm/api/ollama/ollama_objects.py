@@ -68,6 +68,7 @@ class OllamaTextAnswer(OllamaHead, OllamaPart, OllamaCounts):
     """Whole, or a stream's last line."""
 
     response: str
+    context: NotRequired[list[int]]  # token ids up to its end
     done: Literal[True]
 
 
@@ -127,6 +128,7 @@ class ShownModel(TypedDict):
     modelfile: str
     parameters: str
     template: str
+    license: str
     details: OllamaDetails
     model_info: dict[str, Any]
     capabilities: list[str]

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
+    MAX_STOP_CHARS,
     MAX_STOPS,
     MAX_TOKENS,
     MAX_TOOLS,
@@ -24,7 +25,6 @@ from peerllm.api.core.generation import (
     PresencePenalty,
     RepetitionPenalty,
     SamplingOptions,
-    StopString,
     Temperature,
     ToolName,
     TopK,
@@ -35,9 +35,13 @@ from peerllm.api.core.generation import (
 )
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
+from peerllm.api.ollama.prompt_template import prompt_of
 
+MAX_CONTEXT_IDS = 1 << 20  # more than any context holds
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 NAMES: Mapping[str, str] = {"answer_form": "format"}
 Format = str | dict[str, Any] | None
+OllamaStop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]  # n8n sends "" where a field is left empty
 
 
 class OllamaOptions(Struct, kw_only=True):
@@ -52,7 +56,7 @@ class OllamaOptions(Struct, kw_only=True):
     frequency_penalty: FrequencyPenalty | None = None
     seed: AnySeed | None = None
     num_predict: int | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stop: OllamaStop | Annotated[list[OllamaStop], Meta(max_length=MAX_STOPS)] | None = None
     keep_alive: KeepAlive = None  # here, and the next, n8n has them
     format: Format = None
 
@@ -91,7 +95,7 @@ class OllamaFields(Struct, kw_only=True):
         return {
             "model": self.model,
             "max_tokens": min(most, MAX_TOKENS) if most > 0 else None,
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            "stops": tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,
@@ -164,23 +168,25 @@ class GenerateBody(OllamaFields, kw_only=True):
     raw: bool | None = None
     suffix: str | None = None
     template: str | None = None
-    context: list[int] | None = None
+    context: Annotated[list[TokenId], Meta(max_length=MAX_CONTEXT_IDS)] | None = None
     images: list[Any] | None = None
 
     def generation(self) -> Generation:
         """Where nothing is said, the model is only to be loaded."""
         _no_images(self.images, "images")
-        for name in ("suffix", "template", "context"):
-            if getattr(self, name):
-                what = "; send the conversation to /api/chat" if name == "context" else ""
-                raise FieldError(f"{name} is not supported{what}", name, "unsupported_parameter")
-        shared = self.shared()
-        if not self.prompt:
+        prompt, system, suffix = self.prompt or "", self.system or "", self.suffix or ""
+        shared = {**self.shared(), "after": tuple(self.context or ()), "tells_ids": not self.raw}
+        if self.raw and (self.template or system or self.context):
+            raise FieldError("raw mode does not support template, system, or context", "raw")
+        if not prompt and not suffix:
             return self.loading()
-        if self.raw:
-            return checked(Generation(prompt=self.prompt, **shared), NAMES)
-        system = [ChatMessage("system", self.system)] if self.system else []
-        return checked(Generation(messages=(*system, ChatMessage("user", self.prompt)), **shared), NAMES)
+        if self.template:
+            text = prompt_of(self.template, {"System": system, "Prompt": prompt, "Suffix": suffix})
+            return checked(Generation(prompt=text, **shared), NAMES)
+        if self.raw or suffix:
+            return checked(Generation(prompt=prompt, suffix=suffix, **shared), NAMES)
+        said = [ChatMessage("system", system)] if system else []
+        return checked(Generation(messages=(*said, ChatMessage("user", prompt)), **shared), NAMES)
 
 
 def _answer_form(given: Format) -> AnswerForm | None:

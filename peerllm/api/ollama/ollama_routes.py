@@ -81,7 +81,7 @@ async def list_running(request: web.Request) -> LoadedModels:
 
 async def show(request: web.Request, body: ShowBody) -> ShownModel:
     """What a model can do."""
-    return shown(request.app, body.asked())
+    return await shown(request.app, body.asked())
 
 
 async def chat(request: web.Request, body: OllamaChatBody) -> web.StreamResponse:

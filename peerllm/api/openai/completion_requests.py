@@ -37,8 +37,6 @@ class CompletionBody(OpenAIFields, kw_only=True):
 
     def generations(self) -> list[Generation]:
         """`n` for each prompt, in its order."""
-        if self.suffix:
-            raise FieldError("suffix is not supported", "suffix", "unsupported_parameter")
         prompts, count = self.prompts(), self.n or 1
         if self.best_of is not None and self.best_of != count:
             raise FieldError("best_of is not supported", "best_of", "unsupported_parameter")
@@ -46,6 +44,8 @@ class CompletionBody(OpenAIFields, kw_only=True):
             raise FieldError(f"prompt: at most {MAX_ANSWERS} answers are given to one request", "prompt")
         if self.echo and not all(isinstance(one, str) for one in prompts):
             raise FieldError("echo is supported for text only, not for token ids", "echo", "unsupported_parameter")
+        if self.suffix and not all(isinstance(one, str) for one in prompts):
+            raise FieldError("suffix is supported for text only, not for token ids", "suffix", "unsupported_parameter")
         if self.echo and self.logprobs is not None:
             what = "echo: log probabilities are told of answers only, not of prompts; ask for one of the two"
             raise FieldError(what, "echo", "unsupported_parameter")
@@ -54,6 +54,7 @@ class CompletionBody(OpenAIFields, kw_only=True):
             wanted = Generation(
                 model=self.model,
                 prompt=prompt,
+                suffix=self.suffix or "",
                 max_tokens=self.max_tokens or DEFAULT_TOKENS,
                 stops=self.stops,
                 sampling=self.sampling(),

@@ -12,15 +12,18 @@ from tokenizers import Tokenizer
 from peerllm.api.text.calls.call_forms import FORMS, CallForm, form_of
 from peerllm.api.text.calls.call_patterns import argument_schema
 from peerllm.api.text.conversation import TemplateAbilities, shaped
+from peerllm.api.text.fill_in import fill_in_form
 from peerllm.api.text.reasoning import thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
+from peerllm.api.text.tokens.decoding_table import facts_of, tokens_from
 from peerllm.chat_templates import marks_of, model_file, model_object, template_sources
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import SAMPLING_LIMITS
 
 MAX_TOKENIZER_BYTES = 64 << 20  # of tokenizer.json; the largest in use have 35 MB
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 0.95}  # where neither the client nor the model says anything
+_SAID = "peerllm-8c41f0"  # stands for an earlier answer
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -39,7 +42,7 @@ class ModelText:
         try:
             parts = orjson.loads(data)
             self._bounds = bounds_of(parts)
-            self.decoder = _decoder(parts)
+            self._shell = _shell(parts)
             del parts  # it takes more memory than the tokenizer
             self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
@@ -48,9 +51,11 @@ class ModelText:
         self._tokenizer.no_padding()
         config = model_object(model_dir / "tokenizer_config.json")
         source, with_tools = template_sources(model_dir)
+        self.template = source or ""
         self._template = ChatTemplate(source, _special_tokens(config)) if source else None
         self._with_tools = ChatTemplate(with_tools, _special_tokens(config)) if with_tools else self._template
         self.marks = marks_of(source or "")
+        self.fill_in = fill_in_form(self._tokenizer.token_to_id)
         self.form: CallForm | None = None
         self._can: TemplateAbilities | None = None  # asked when it is first of use
         if self._with_tools is not None:
@@ -60,6 +65,14 @@ class ModelText:
             self.marks = None  # it has channels
         self.defaults = _sampling_defaults(model_object(model_dir / "generation_config.json"))
 
+    def table(self) -> dict[str, Any]:
+        """The facts of a DecodingTable."""
+        return facts_of(self._tokenizer, self._shell)
+
+    def tokens(self, first: int) -> list[str | None]:
+        """A slice of its tokens."""
+        return tokens_from(self._tokenizer, first)
+
     def prompt(
         self,
         said: Sequence[Message] | str,
@@ -67,26 +80,34 @@ class ModelText:
         most_bytes: int | None = None,
         reasoning: bool | str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        after: Sequence[int] = (),
     ) -> list[int]:
         """Token ids up to where the answer begins; PromptLengthError if `context` has no room for one more.
 
         A text is continued as it is. So is that of messages, joined by line breaks, by a base model (no chat template).
-        What cannot fit, or is larger than `most_bytes`, is refused before it is encoded.
+        What cannot fit, or is larger than `most_bytes`, is refused before it is encoded. `after`: ids that it follows,
+        of earlier messages and the answer to them.
         """
         chat = self._template if not isinstance(said, str) else None
         if isinstance(said, str):
             text = said
         elif chat is None:
             text = "\n".join(str(message["content"]) for message in said)
+        elif after:
+            earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
+            new = [one for one in said if one["role"] != "system"]  # which those ids begin with
+            text = self._chat([*earlier, *new], tools, thinking_variables(reasoning)).rpartition(_SAID)[2]
         else:
             text = self._chat(said, tools, thinking_variables(reasoning))
-        if self._bounds.too_long(text, context - 1):
-            most = self._bounds.most_bytes(context - 1)
-            what = f"the prompt has {len(text.encode())} bytes; a context of {context} tokens holds less than {most}"
+        room = context - 1 - len(after)
+        if self._bounds.too_long(text, room):
+            most = self._bounds.most_bytes(max(0, room))
+            room_text = f"a context of {context} tokens holds less than {most}"
+            what = f"the prompt has {len(text.encode())} bytes; {room_text}{' more' if after else ''}"
             raise PromptLengthError(f"{what}: shorten it")
         if most_bytes is not None and len(text.encode()) > most_bytes:
             raise PromptLengthError(f"the prompt has {len(text.encode())} bytes; this device takes {most_bytes}")
-        ids = list(self._tokenizer.encode(text, add_special_tokens=chat is None).ids)
+        ids = [*after, *self._tokenizer.encode(text, add_special_tokens=chat is None and not after).ids]
         if not 0 < len(ids) < context:
             what = f"the prompt has {len(ids)} tokens; the model's context holds {context}, answer included"
             raise PromptLengthError(what)
@@ -109,24 +130,32 @@ class ModelText:
         ids = {token.content: number for number, token in added if is_special(token)}
         kept = self.form.kept if self.form is not None else None
         marks = ModelMarks(ids, kept, self.marks, opened)
-        needed = calls.get("keep") == "needed"
-        tools: dict[str, Mapping[str, Any]] = {}
-        for one in calls.get("tools", ()) if calls.get("keep") else ():
-            strict = needed or one.get("strict")
-            tools[one["name"]] = argument_schema(one.get("parameters", {})) if strict else {"type": "object"}
-        kept_calls = KeptCalls(tools, needed, calls.get("parallel", True)) if tools else None
-        return grammar_of(form, kept_calls, marks)
+        if not calls.get("keep"):
+            return grammar_of(form, None, marks)
+        needed = calls["keep"] == "needed"
+
+        def wanted(every: bool) -> KeptCalls:
+            tools: dict[str, Mapping[str, Any]] = {}
+            for one in calls["tools"]:
+                known = every or needed or one.get("strict")
+                tools[one["name"]] = argument_schema(one.get("parameters", {})) if known else {"type": "object"}
+            return KeptCalls(tools, needed, calls.get("parallel", True))
+
+        try:
+            return grammar_of(form, wanted(True), marks)
+        except BadInputError:  # nobody asked for it where tools are not strict
+            if needed:
+                raise
+            return grammar_of(form, wanted(False), marks)
 
 
-def _decoder(parts: Mapping[str, Any]) -> bytes:
-    """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""
+def _shell(parts: Mapping[str, Any]) -> str:
+    """A tokenizer.json with the decoder of this one, and nothing else."""
     if b'"Regex":' in orjson.dumps(parts.get("decoder")):  # decoding is done on the loop, where all would wait for it
         raise ModelError("its decoder has a regular expression, which may take forever")
-    model = dict(parts["model"])
-    if model.get("type") == "BPE":
-        model["merges"] = []
     unused = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"))
-    return orjson.dumps({**parts, **unused, "model": model})
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    return orjson.dumps({**parts, **unused, **empty}).decode()
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peerllm.chat_templates import POOLING_FILE
 from peerllm.errors import ModelError
 from peerllm.regular_files import read_regular
+from peerllm.stored_types import POOLING_FILE
 from peerllm.types import Pooling
 
 MAX_BYTES = 64 << 10

@@ -42,13 +42,22 @@ class TextWork:
                     question.get("most_bytes"),
                     question.get("reasoning"),
                     question.get("tools", ()),
+                    question.get("after", ()),
                 )
                 return {"ids": text.prompt(question["prompt"], *options)}
             if "form" in question:
                 form, calls = json.loads(question["form"])
                 return {"grammar": text.grammar(form, calls, question["opened"])}
-            told = {"decoder": text.decoder.decode(), "defaults": text.defaults, "marks": text.marks}
-            return {**told, "form": text.form.name if text.form is not None else None}
+            if "tokens" in question:
+                return {"tokens": text.tokens(question["tokens"])}
+            return {
+                "table": text.table(),
+                "defaults": text.defaults,
+                "marks": text.marks,
+                "form": text.form.name if text.form is not None else None,
+                "fill_in": text.fill_in,
+                "template": text.template,
+            }
         except PeerLLMError as error:
             return {"error": type(error).__name__, "message": str(error)}
         except MemoryError:

@@ -15,12 +15,14 @@ from typing import Any
 from peerllm.daemon.control_messages import DeploymentView, Holding, Progress, Trouble
 from peerllm.daemon.decide.demand import refuse_other, same_demand
 from peerllm.daemon.decide.deployment_life.deployment_events import ConditionsChanged, DeviceCondition, DeviceIs
+from peerllm.daemon.decide.idle.same_start import same_model
 from peerllm.daemon.decide.model_names import name_for
 from peerllm.daemon.deployment.deployment import Deployment
-from peerllm.daemon.deployment.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
+from peerllm.daemon.deployment.figures.deployment_figures import DeploymentFigures
 from peerllm.daemon.deployment.loading.idle_models import IdleModels, kept_loaded, leavers
 from peerllm.daemon.deployment.negotiation import Surroundings
+from peerllm.daemon.deployment.planning.plan_trial import PlanTrial
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.deployment.remembered import RememberedDeployment, recall, remember
 from peerllm.daemon.facade import Chunk, GenerateRequest, RunOptions, RunProgress, ServedModel
@@ -105,11 +107,8 @@ class Coordinator:
 
     async def could_serve(self, options: RunOptions, at_hand: ModelAtHand, deployment: DeploymentId) -> bool:
         """Whether the devices that are here can hold another device's deployment, of which some is loaded already."""
-        remembered = RememberedDeployment(options, deployment, 0, inherited=deployment)
         try:
-            await Deployment(options, self._around, self._timings, remembered=remembered, at_hand=at_hand).could_run(
-                self._holdings
-            )
+            await PlanTrial(options, self._around, self._timings, at_hand).could_go_on(deployment, self._holdings)
         except PeerLLMError as error:
             log.info("%s cannot be served from here: %s", options.name, error)
             return False
@@ -179,8 +178,19 @@ class Coordinator:
         return deployment.options.name
 
     async def wake(self, model: str) -> str:
-        """As `run`, for a request, with the options that a person gave when it was started before."""
-        return await self.run(self._asleep.get(model) or RunOptions(model, on_demand=True), lambda _: None)
+        """As `run`, for a request, with the options that a person gave when it was started before.
+
+        It returns, too, if another device starts it at the same moment and goes on with it.
+        """
+        options = self._asleep.get(model) or RunOptions(model, on_demand=True)
+        try:
+            if not same_model(model, self._around.views()):
+                log.info("%s is started for a request", model)
+                return await self.run(options, lambda _: None)
+        except UnavailableError:
+            if not same_model(model, self._around.views()):
+                raise
+        return options.name or model
 
     async def keep(self, deployment: DeploymentId, keep_alive_s: float | None) -> None:
         """A request that says only how long the deployment stays; 0: it is unloaded now, if no answer is under way."""
@@ -199,9 +209,14 @@ class Coordinator:
         if held is not None and not await self._idle.make_way(held):
             raise RefusedError(f"{held.name} is used")
 
+    def look_for_others(self) -> None:
+        """What others say of their deployments changed: of those that requests started here some may give way."""
+        self._idle.leave_to(list(self._around.views()))
+
     def look_for_idle(self) -> None:
         """Unload the models that nobody has asked for so long, now and later."""
         self._idle.look()
+        self.look_for_others()
         self._around.changed()
 
     @property
@@ -251,8 +266,7 @@ class Coordinator:
         return next((key for key, one in self._asleep.items() if model in (key, one.name)), None)
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        deployment = self._of(request.deployment)
-        if deployment is None:
+        if (deployment := self._of(request.deployment)) is None:
             raise NotFoundError("this model is not served any more; `peerllm status` lists what is")
         chunks = deployment.sequences.generate(request)
         return kept_loaded(deployment.idle, request.keep_alive_s, chunks, self.look_for_idle)
@@ -266,9 +280,7 @@ class Coordinator:
         return [deployment.shown().served() for deployment in self._deployments.values()]
 
     def views(self) -> tuple[DeploymentView, ...]:
-        return tuple(
-            deployment.shown().view(deployment.sequences.measured) for deployment in self._deployments.values()
-        )
+        return tuple(held.shown().view(held.sequences.measured) for held in self._deployments.values())
 
     def profiles(self) -> dict[DeploymentId, Mapping[str, Any]]:
         """By deployment the layer times that its last plan was made from, by device name."""
@@ -346,7 +358,7 @@ class Coordinator:
             options, self._around, self._timings, remembered=remembered, at_hand=at_hand, served=self._note_served
         )
         deployment.created = created or deployment.created
-        deployment.make_room = self._idle.make_room
+        deployment.plans.make_room = self._idle.make_room
         key = options.model if options.model not in self._deployments else deployment.id
         self._deployments[key] = deployment
         deployment.start(self._devices.values(), self._holdings)
@@ -377,17 +389,7 @@ class Coordinator:
             if self._closing:
                 return
             lasting = [held for held in self._deployments.values() if held.lasting and not held.idle.on_demand]
-            remembered = [
-                RememberedDeployment(
-                    held.remembered_as,
-                    held.id,
-                    held.epoch,
-                    held.inherited,
-                    held.succeeds,
-                    tuple(sorted(held.took_part)),
-                )
-                for held in lasting
-            ]
+            remembered = [held.remembered() for held in lasting]
             remembered += [RememberedDeployment(options, "", 0, asleep=True) for options in self._asleep.values()]
             own = [held.options.model for held in lasting if not held.inherited]
             served = [model for model in own if Path(model).is_absolute()]

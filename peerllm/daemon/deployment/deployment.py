@@ -6,11 +6,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Protocol, assert_never
+from typing import assert_never
 
+from peerllm import request_ids
 from peerllm.daemon.background_tasks import LatestTasks
 from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
 from peerllm.daemon.decide.demand import Blueprint
@@ -28,10 +28,8 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
     DeviceIs,
     Establish,
     GiveUp,
-    LinksLost,
     MakePlan,
     NoPlan,
-    PlanFound,
     ReleaseBefore,
     Renew,
     Switched,
@@ -39,42 +37,30 @@ from peerllm.daemon.decide.deployment_life.deployment_events import (
 )
 from peerllm.daemon.decide.deployment_life.outage import Outage
 from peerllm.daemon.decide.holdings import HouseholdHoldings
-from peerllm.daemon.decide.idle_time import IdleTime
+from peerllm.daemon.decide.idle.idle_time import IdleTime
+from peerllm.daemon.deployment.decision_loop import Decider, DecisionLoop
 from peerllm.daemon.deployment.described_model import DescribedModel, ModelAtHand
 from peerllm.daemon.deployment.establishing import Epoch, EpochNegotiation
+from peerllm.daemon.deployment.figures.progress_report import ProgressReport
+from peerllm.daemon.deployment.figures.shown_deployment import ShownDeployment
 from peerllm.daemon.deployment.loading.idle_models import expiry
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.deployment.planning.conditions_reader import read_conditions
 from peerllm.daemon.deployment.planning.next_plan import NextPlan
 from peerllm.daemon.deployment.planning.plan_search import PlanSearch
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
-from peerllm.daemon.deployment.progress_report import ProgressReport
+from peerllm.daemon.deployment.planning.serving_watch import ServingWatch
 from peerllm.daemon.deployment.remembered import RememberedDeployment
 from peerllm.daemon.deployment.sequences.admission import Admission
 from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
-from peerllm.daemon.deployment.shown_deployment import ShownDeployment
+from peerllm.daemon.deployment.sequences.caused_sequences import CausedSequences
 from peerllm.daemon.deployment.standing_epochs import PASSING, StandingEpochs
 from peerllm.daemon.facade import RunOptions
-from peerllm.errors import (
-    EngineError,
-    InfeasibleError,
-    PeerLLMError,
-    UnavailableError,
-)
+from peerllm.errors import EngineError, InfeasibleError, PeerLLMError, UnavailableError
 from peerllm.types import DeviceId
 
 EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down
-STALL_LOOK_S = 5.0  # how often it is looked whether answers are stalled
 
 log = logging.getLogger(__name__)
-
-
-class Decider(Protocol):
-    """The pure part: from what happens to what is to be done (decide/deployment_life/deployment_decider.py)."""
-
-    def handle(self, event: DeploymentEvent, now: float) -> list[DeploymentAction]: ...
-
-    def deadline(self) -> float | None: ...
 
 
 class Deployment:
@@ -108,9 +94,9 @@ class Deployment:
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
         self.model = DescribedModel(options, around, self._tell, at_hand)
-        self.sequences = Admission(self.id, around.tell_engine, around.changed)
+        caused = CausedSequences(self.id, around, lambda: self._epochs.running.devices if self._epochs.running else ())
+        self.sequences = Admission(self.id, around.tell_engine, around.changed, caused.begins)
         self.idle = IdleTime(options.on_demand, time.monotonic())
-        self.make_room: Callable[[Callable[[dict[DeviceId, int]], Awaitable[bool]]], Awaitable[bool]] | None = None
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
         holdings = self._holdings = HouseholdHoldings()
@@ -121,14 +107,11 @@ class Deployment:
         self._epochs = StandingEpochs(
             self.id, last, around, self.model, self.sequences, self.plans, talk, self._work, self._feed
         )
-        self._decider = decider(around.me, self.lasting, last)
+        self._decisions = DecisionLoop(options.model, decider(around.me, self.lasting, last), self._do)
+        self._watch = ServingWatch(self.id, around, self._search, self.sequences, self._serving, self._feed)
         self._outage = Outage(around.name)
-        self._events: deque[DeploymentEvent] = deque()
-        self._handling = False
-        self._timer: asyncio.TimerHandle | None = None
         self._lessened: Epoch | None = None  # the last that serves less than an earlier one did
         self._outcomes: list[asyncio.Future[None]] = []
-        self._ended = False
 
     # ---- what the coordinator does with it ----------------------------------------------------------------------
 
@@ -139,14 +122,14 @@ class Deployment:
         for event in devices:
             self._feed(event)
         self._feed(DeadlineReached())
-        self._work.start("watch", self._watch())
-        self._work.start("watch for stalls", self._watch_stalls())
+        with request_ids.caused_by(""):
+            self._watch.start(self._work)
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
         if self.state == "serving":
             return
-        if self._ended:
+        if self._decisions.closed:
             raise UnavailableError(self.reason or "the deployment has ended")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outcomes.append(future)
@@ -259,41 +242,19 @@ class Deployment:
         """Bytes that devices would have free without it."""
         return {device: self._holdings.promised_bytes(device) for device in self._holdings.devices}
 
-    async def preview(self, held: Mapping[DeviceId, int]) -> Blueprint:
-        """What would be planned now if `held` bytes were free besides; the deployment is not to be started."""
-        inspected = await self.model.describe()
-        self._search.free = {d: one.free_bytes + held.get(d, 0) for d, one in self._around.candidates().items()}
-        return (await self._search.plan(inspected, frozenset())).blueprint
-
-    async def could_run(self, holdings: Mapping[DeviceId, tuple[Holding, ...]]) -> None:
-        """Raises why no plan works now for what devices have loaded; the deployment is not to be started."""
-        for device, told in holdings.items():
-            self.told(device, told)
-        await self.model.describe()
-        await self.plans.find(MakePlan(0, frozenset(), compare=False), None, ())
+    def remembered(self) -> RememberedDeployment:
+        """What brings it back over a restart of this device."""
+        devices = tuple(sorted(self.took_part))
+        return RememberedDeployment(self.remembered_as, self.id, self.epoch, self.inherited, self.succeeds, devices)
 
     # ---- events in, actions out -----------------------------------------------------------------------------------
 
     def _feed(self, event: DeploymentEvent) -> None:
-        """Let the decider handle an event, and do what it says. Events that actions cause wait for the actions."""
-        if self._ended:
-            return
-        self._note_for_people(event)
-        self._events.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        try:
-            while self._events:
-                one = self._events.popleft()
-                actions = self._decider.handle(one, asyncio.get_running_loop().time())
-                if actions:
-                    log.debug("%s: %s: %s", self.options.model, one, actions)
-                for action in actions:
-                    self._do(action)
-        finally:
-            self._handling = False
-        self._set_timer()
+        """Let the decider handle an event, and do what it says."""
+        if not self._decisions.closed:
+            self._note_for_people(event)
+            with request_ids.caused_by(""):  # it goes on long after a request that may have begun it
+                self._decisions.feed(event)
 
     def _note_for_people(self, event: DeploymentEvent) -> None:
         running = self._epochs.running
@@ -302,13 +263,6 @@ class Deployment:
         elif self.state == "serving" and running is not None and event == Switched(running.number):
             self._outage.over()
             self._around.changed()
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        due = None if self._ended else self._decider.deadline()
-        if due is not None:
-            self._timer = asyncio.get_running_loop().call_at(due, self._feed, DeadlineReached())
 
     def _do(self, action: DeploymentAction) -> None:
         match action:
@@ -360,10 +314,10 @@ class Deployment:
         running = self._epochs.running
         try:
             await self.model.describe()
-            found = await self._found(asked, running)
+            found = await self.plans.find(asked, running, self.sequences.in_flight)
             if self.model.model_dir is None:
                 await self.model.fetch()
-                found = await self._found(asked, running)  # much may have changed
+                found = await self.plans.find(asked, running, self.sequences.in_flight)  # much may have changed
         except PeerLLMError as error:
             self._epochs.failure = error
             contended = isinstance(error, InfeasibleError) and self.plans.contended()
@@ -373,30 +327,8 @@ class Deployment:
             return
         self._feed(found)
 
-    async def _found(self, asked: MakePlan, running: Epoch | None) -> PlanFound:
-        """The plan, for which models that nobody uses make room where it needs that."""
-        try:
-            return await self.plans.find(asked, running, self.sequences.in_flight)
-        except InfeasibleError:
-            if asked.compare or self.make_room is None or not await self.make_room(self.plans.fits):
-                raise
-            return await self.plans.find(asked, running, self.sequences.in_flight)
-
-    async def _watch(self) -> None:
-        def serving() -> Epoch | None:
-            return self._epochs.running if self.state == "serving" and self.sequences.running else None
-
-        await read_conditions(
-            self._around, self.id, serving, self._search.slower, lambda why: self._feed(ConditionsChanged(why))
-        )
-
-    async def _watch_stalls(self) -> None:
-        """Have the links made anew where an answer gets no tokens: a stage forgot it, or an engine stands still."""
-        while True:
-            await asyncio.sleep(STALL_LOOK_S)
-            running = self._epochs.running
-            if self.state == "serving" and running is not None and self.sequences.stalled():
-                self._feed(LinksLost(self._around.me, running.number, "an answer gets no more tokens"))
+    def _serving(self) -> Epoch | None:
+        return self._epochs.running if self.state == "serving" else None
 
     # ---- states ---------------------------------------------------------------------------------------------------
 
@@ -438,9 +370,7 @@ class Deployment:
         self._around.changed()
 
     def _finish(self, state: DeploymentState, error: PeerLLMError) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._ended = True
+        self._decisions.close()
         self.state, self.reason = state, str(error)
         self.sequences.close(str(error))
         self._resolve(error)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.demand import check_options
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.facade import RunOptions, short_name
+from peerllm.daemon.weights.known_models import known_as
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.planner.cost.byte_sizes import human_bytes
 
@@ -36,6 +38,7 @@ class DescribedModel:
         self.model_dir = at_hand.directory if at_hand is not None else None
         self.form = at_hand.form if at_hand is not None else ""  # the quantisation of its GGUF files, see ModelOnDisk
         self.abilities = at_hand.abilities if at_hand is not None else ()  # see chat_templates
+        self.parameters = 0 if self.inspected is None else _parameters(options.model, self.inspected)  # about
         self._missing_bytes = 0  # of its files, on this disk
         self._options, self._around, self._say = options, around, say
 
@@ -74,4 +77,14 @@ class DescribedModel:
         inspected = await self._around.inspect(directory, dtype_of(options.model, options.dtype), options.quantize)
         check_options(options, inspected)
         self.abilities = await asyncio.to_thread(abilities_in, directory)
-        return inspected
+        self.parameters = _parameters(options.model, inspected)
+        named = replace(inspected.profile, name=short_name(options.model))  # not its directory, which may be a hash
+        return replace(inspected, profile=named)
+
+
+def _parameters(model: str, inspected: Inspected) -> int:
+    """As its makers count them, or else the numbers in its tensors."""
+    if (one := known_as(model)) is not None:
+        return one.millions * 10**6
+    tensors = {tensor.name: tensor for layer in inspected.tensors for tensor in layer}
+    return sum(prod(tensor.shape) for tensor in tensors.values())

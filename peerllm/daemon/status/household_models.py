@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
-from peerllm.daemon.facade import IDLE_MODEL, ServedModel
-from peerllm.daemon.weights.known_models import all_names
+from peerllm.daemon.facade import IDLE_MODEL, ModelDetails, ServedModel
+from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
+from peerllm.daemon.weights.known_models import all_names, known_as
 from peerllm.types import DeploymentId, DeviceId
 
 AWAITED_S = 60.0  # seconds that a model is still listed, as waiting, after its source was last here
@@ -94,6 +95,7 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
         names=all_names(view.name, view.model),
         expires=view.expires if source else 0,
         abilities=view.abilities,
+        details=ModelDetails.of(view.family, view.parameters, view.form, view.quantize, view.dtype),
     )
 
 
@@ -151,4 +153,14 @@ def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
         names=all_names(one.name, one.model),
         disk_bytes=one.nbytes,
         abilities=one.abilities,
+        details=_details(one.model),
     )
+
+
+def _details(model: str) -> ModelDetails:
+    """What its name tells."""
+    form = quantisation(model) if model.lower().endswith(SUFFIX) else model.partition(":")[2]
+    if (one := known_as(model)) is None:
+        return ModelDetails(file_format="gguf" if form else "", level=form)
+    form = form or one.form
+    return ModelDetails(one.architecture, one.millions * 10**6, "gguf" if form else "safetensors", form)

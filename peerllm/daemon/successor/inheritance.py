@@ -30,13 +30,14 @@ from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.errors import BadInputError, UnavailableError
 from peerllm.regular_files import read_regular
 from peerllm.saved_files import replace_file
+from peerllm.stored_types import POOLING_FILE
 from peerllm.types import DeploymentId
 
 MANIFEST = "inheritance.json"
 MODEL = "model"  # the directory beside it
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", POOLING_FILE,
 )  # fmt: skip
 MAX_FILE_BYTES = 64 << 20
 MOST_KEPT = 32  # inheritances; the longest unused go first
@@ -182,6 +183,7 @@ class InheritedModels:
             shutil.copyfile(files[MANIFEST], made / MANIFEST)
             for name, path in files.items():
                 if name != MANIFEST:
+                    (made / MODEL / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, made / MODEL / name)
             if (hub := inheritance.hub) is not None:
                 about = {"model": hub.model, "commit": hub.commit, "files": list(hub.files)}

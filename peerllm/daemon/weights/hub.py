@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from peerllm.daemon.weights.gguf_choice import GgufModel, chosen, gguf_models
 from peerllm.daemon.weights.hub_errors import errors_of
 from peerllm.errors import ModelError, NotFoundError
-from peerllm.stored_types import TENSOR_LIST
+from peerllm.stored_types import POOLING_FILE, TENSOR_LIST
 from peerllm.wrapped_models import WRAPPERS, text_tensor
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]  # never code, never pickles
-NOT = ["*/*", TENSOR_LIST]  # other formats of the same weights lie in folders; a list would name files of this disk
+NOT = [
+    "*/*",
+    TENSOR_LIST,
+]  # but POOLING_FILE: other formats of the same weights lie in folders; a list would name files of this disk
 WORKERS = 4  # files downloaded at once
 ASK_TIMEOUT_S = 10.0
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -54,7 +57,9 @@ class Repository:
         found = [path for name in self.sizes if (path := self._cached(name)) is not None]
         if len(found) < len(self.sizes):
             return ()
-        return tuple(found) if self.gguf is not None else (found[0].parent,)
+        if self.gguf is not None:
+            return tuple(found)
+        return (next(path for name, path in zip(self.sizes, found, strict=True) if "/" not in name).parent,)
 
     def _cached(self, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
@@ -117,7 +122,9 @@ def _needed(found: Repository) -> Repository:
 
 
 def _wanted(name: str) -> bool:
-    return any(fnmatch(name, one) for one in FILES) and not any(fnmatch(name, one) for one in NOT)
+    return name == POOLING_FILE or (
+        any(fnmatch(name, one) for one in FILES) and not any(fnmatch(name, one) for one in NOT)
+    )
 
 
 def token() -> str | None:

@@ -110,6 +110,7 @@ class Outlines:
             if not name.endswith(WEIGHTS):
                 if found.sizes[name] > MAX_SMALL_BYTES:
                     raise ModelError(f"{name} of {found.model} is larger than {MAX_SMALL_BYTES} bytes")
+                (directory / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(api().hf_hub_download(found.model, name, revision=found.commit), directory / name)
         weights = found.weights(directory) if found.gguf is None else found.gguf.files
         if not weights:

@@ -132,6 +132,12 @@ def known(model: str) -> KnownModel | None:
     return _BY_NAME.get(model.partition(":")[0].lower())
 
 
+def known_as(model: str) -> KnownModel | None:
+    """The one of that short name, or that is this on the hub, also in another quantisation."""
+    name = model.partition(":")[0]
+    return known(model) or next((one for one in KNOWN if one.hub_id.partition(":")[0] == name), None)
+
+
 def hub_name(model: str) -> tuple[str, str]:
     """What a model is called on the hub, and which GGUF model of the repository is meant ("" is not said)."""
     name, _, tag = model.partition(":")

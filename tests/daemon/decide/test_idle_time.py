@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peerllm.daemon.decide.idle_time import FOR_GOOD_S, ON_DEMAND_S, STARTING_S, IdleTime
+from peerllm.daemon.decide.idle.idle_time import FOR_GOOD_S, ON_DEMAND_S, STARTING_S, IdleTime
 
 NOW = 1000.0
 

@@ -126,6 +126,61 @@ async def test_models_of_another_device_make_way_too(houses):
     await b.coordinator.make_way("d" * 32)
 
 
+async def test_two_devices_that_are_asked_at_once_start_it_once(houses):
+    house = houses([9, 9], small=4)
+    a, b = house["a"], house["b"]
+    house.views_travel = False
+    a.engine.gate.clear()
+    b.engine.gate.clear()
+    starts = [asyncio.ensure_future(one.coordinator.wake("small")) for one in (b, a)]
+    await house.until(lambda: names(a) == names(b) == {"small"})
+    house.views_travel = True
+    a.changed()
+    await asyncio.wait_for(starts[0], 10)
+    assert names(a) == {"small"} and not names(b), "the lower id goes on"
+    assert await b.coordinator.wake("small") == "small" and not names(b), "one that runs elsewhere is not started"
+    for one in (a, b):
+        one.engine.gate.set()
+    assert await asyncio.wait_for(starts[1], 10) == "small"
+    await house.until(lambda: not b.worker.holdings() or len(used(a)) > 0)
+    assert a.coordinator.views()[0].state == "serving" and not names(b)
+
+
+async def test_two_that_serve_the_same_become_one_when_one_is_unused(houses):
+    house = houses([9, 9], small=4)
+    a, b = house["a"], house["b"]
+    house.views_travel = False
+    for one in (b, a):
+        await one.coordinator.wake("small")
+    of(b, "small").idle.asked(None, 1e9)
+    house.views_travel = True
+    a.changed()
+    await ask(house, b, "small")
+    assert names(a) == names(b) == {"small"}, "somebody uses both"
+    of(b, "small").idle.over(1e9)
+    a.changed()
+    await house.until(lambda: not names(b))
+    assert names(a) == {"small"}
+
+
+async def test_a_persons_start_is_not_ended_by_a_request(houses):
+    house = houses([9, 9], small=4)
+    a, b = house["a"], house["b"]
+    house.views_travel = False
+    a.engine.gate.clear()
+    b.engine.gate.clear()
+    person = asyncio.ensure_future(b.coordinator.run(RunOptions("small"), quiet))
+    asked = asyncio.ensure_future(a.coordinator.wake("small"))
+    await house.until(lambda: names(a) == names(b) == {"small"})
+    house.views_travel = True
+    b.changed()
+    await asyncio.wait_for(asked, 10)
+    assert not names(a)
+    for one in (a, b):
+        one.engine.gate.set()
+    assert await asyncio.wait_for(person, 10) == "small"
+
+
 async def test_a_person_takes_over_what_a_request_started(houses):
     house = houses([9], small=4)
     a = house["a"]

@@ -9,7 +9,7 @@ import pytest
 
 from peerllm.daemon.control_messages import Trace
 from peerllm.daemon.decide.clock_alignment import Alignment, Reading
-from peerllm.daemon.deployment import tracing
+from peerllm.daemon.deployment.figures import tracing
 from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.status import chrome_trace
 from peerllm.engine.messages import Record, Span

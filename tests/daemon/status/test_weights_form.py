@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from peerllm.cli.look import deployment_text
-from peerllm.daemon.control_messages import DeploymentView
-from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.control_messages import DiskModel
+from peerllm.daemon.facade import ModelDetails, RunOptions
+from peerllm.daemon.status.household_models import HouseholdModels, idle_models
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
 from tests.daemon.house import House, inspected, quiet
@@ -28,8 +30,7 @@ from tests.daemon.house import House, inspected, quiet
     ],
 )
 def test_words(dtype: str, quantize: str, wanted: str, form: str, words: str) -> None:
-    view = DeploymentView("d", "m", "serving", 1, "a" * 64, (), ())
-    assert weights_form(replace(view, dtype=dtype, quantize=quantize, quantize_wanted=wanted, form=form)) == words
+    assert weights_form(dtype, quantize, wanted, form) == words
 
 
 @pytest.fixture
@@ -67,3 +68,44 @@ async def test_asking_again_need_not_name_what_was_asked_for(house):
     for other in (RunOptions("big", quantize="none"), RunOptions("big", dtype="float16")):
         with pytest.raises(BadInputError, match="other options"):
             await run(other, quiet)
+
+
+@pytest.mark.parametrize(
+    ("form", "quantize", "dtype", "told"),
+    [
+        ("Q4_K_M", "stored", "float32", ("gguf", "Q4_K_M")), ("Q4_K_M", "int8", "float32", ("gguf", "INT8")),
+        ("", "", "bfloat16", ("safetensors", "BF16")), ("", "int4", "float32", ("safetensors", "INT4")),
+        ("", "stored", "float32", ("safetensors", "")),
+    ],
+)  # fmt: skip
+def test_short_words_for_clients(form: str, quantize: str, dtype: str, told: tuple[str, str]) -> None:
+    found = ModelDetails.of("llama", 5, form, quantize, dtype)
+    assert (found.file_format, found.level) == told and (found.family, found.parameters) == ("llama", 5)
+    assert ModelDetails.of("", 0, form, quantize, dtype) == ModelDetails()
+
+
+async def test_others_are_told_the_same(houses: Any) -> None:
+    house = houses([9], big=4)
+    coordinator = house["a"].coordinator
+    await coordinator.run(RunOptions("big"), quiet)
+    models = HouseholdModels()
+    models.hear(["a" * 64], {"a" * 64: coordinator.views()})
+    (there,), (here,) = models.others(lambda device: device), coordinator.served()
+    assert there.details == here.details and here.details.family == "llama"
+    assert here.details.parameters == sum(one.memory_bytes // 4 for one in inspected("big", 4).profile.layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "details"),
+    [
+        ("smollm2", ModelDetails("llama", 135_000_000, "safetensors", "")),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", ModelDetails("llama", 135_000_000, "safetensors", "")),
+        ("qwen3-0.6b:Q4_0", ModelDetails("qwen3", 596_000_000, "gguf", "Q4_0")),
+        ("maker/thing:Q5_K_M", ModelDetails("", 0, "gguf", "Q5_K_M")),
+        ("/m/thing-Q6_K.gguf", ModelDetails("", 0, "gguf", "Q6_K")),
+        ("/m/thing", ModelDetails()),
+    ],
+)  # fmt: skip
+def test_a_name_tells_what_is_on_the_disk(model: str, details: ModelDetails) -> None:
+    (found,) = idle_models((), [("", [DiskModel("x", model, 1, 1)])])
+    assert found.details == details

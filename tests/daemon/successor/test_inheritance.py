@@ -24,6 +24,7 @@ from peerllm.daemon.successor.inheritance import (
 from peerllm.daemon.weights.digests import Digests
 from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.errors import BadInputError, UnavailableError
+from peerllm.stored_types import POOLING_FILE
 from tests.daemon.house import inspected
 
 DEPLOYMENT = "d" * 32
@@ -60,6 +61,8 @@ def model_dir(tmp_path: Path) -> Path:
     place.mkdir()
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         (place / name).write_text(f"this is {name}")
+    (place / POOLING_FILE).parent.mkdir()
+    (place / POOLING_FILE).write_text("this is the pooling")
     (place / "secret.txt").write_text("not for others")
     (place / "generation_config.json").write_text("")
     return place
@@ -85,7 +88,10 @@ async def adopted(tmp_path: Path, model_dir: Path, hub: HubPlaces | None = None)
 async def test_what_is_left_is_all_that_a_source_needs_and_nothing_of_its_disk(tmp_path, model_dir):
     models, found = await adopted(tmp_path, model_dir)
     at_hand = found.at_hand
-    assert {one.name for one in at_hand.directory.iterdir()} == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert {one.relative_to(at_hand.directory).as_posix() for one in at_hand.directory.rglob("*.*")} == {
+        "config.json", "tokenizer.json", "chat_template.jinja", POOLING_FILE
+    }  # fmt: skip
+    assert (at_hand.directory / POOLING_FILE).read_text() == "this is the pooling"
     assert (at_hand.directory / "tokenizer.json").read_text() == "this is tokenizer.json"
     assert found.inheritance.options == OPTIONS
     assert found.inheritance.created == 7

@@ -22,11 +22,13 @@ from peerllm.daemon.weights.hub_download import download, hub_bar
 from peerllm.daemon.weights.hub_outline import Outlines
 from peerllm.engine.weights.checkpoint import read_tensors
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
+from peerllm.stored_types import POOLING_FILE
 from tests.daemon.weights.hub_server import HubServer, hole, hub_server
 
 MODEL = "maker/small"
 WEIGHTS = "model.safetensors"
 SIZE = (MODEL_DIR / WEIGHTS).stat().st_size
+POOLING = '{"pooling_mode_lasttoken": true}'
 MOST_HEADER = 300_000  # bytes that may be fetched of a weight file before there is a plan
 
 
@@ -50,6 +52,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     shutil.copytree(MODEL_DIR, tmp_path / "hub" / MODEL, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (tmp_path / "hub" / MODEL / "onnx").mkdir()
     (tmp_path / "hub" / MODEL / "onnx" / "other.json").write_text("{}")
+    (tmp_path / "hub" / MODEL / POOLING_FILE).parent.mkdir()
+    (tmp_path / "hub" / MODEL / POOLING_FILE).write_text(POOLING)
     (tmp_path / "hub" / MODEL / "modeling.py").write_text("raise SystemExit")
     with hub_server(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         yield server
@@ -68,6 +72,7 @@ async def test_an_outline_tells_all_but_the_weights_and_stays(hub: HubServer, ke
     }, "each tensor lies where it lies on the hub"
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (found.directory / name).read_bytes() == (MODEL_DIR / name).read_bytes()
+    assert (found.directory / POOLING_FILE).read_text() == POOLING
     weights = found.directory / WEIGHTS
     assert weights.stat().st_blocks * 512 < SIZE / 4, "the outline takes room on the disk"
     assert weights.stat().st_size == SIZE
@@ -173,7 +178,9 @@ async def test_files_of_the_vision_model_alone_are_neither_counted_nor_downloade
     found = ask(MODEL)
     weights = {f"{name}.safetensors" for name in fetched}
     assert {name for name in found.sizes if name.endswith(".safetensors")} == weights
-    assert found.missing_bytes == sum((folder / name).stat().st_size for name in weights)  # of the rest, all is here
+    assert found.missing_bytes == sum(
+        (folder / name).stat().st_size for name in {*weights, POOLING_FILE}
+    )  # the rest is here
     (directory,) = download(found, quiet, 0, threading.Event())
     assert {one.name for one in directory.glob("*.safetensors")} == weights
     assert ask(MODEL).paths == (directory,)

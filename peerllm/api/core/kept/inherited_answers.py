@@ -42,15 +42,15 @@ class KeptForm(Struct, frozen=True):
     calls: CallsWanted = CallsWanted()
     grammar: str = ""  # of a constrained answer
     logprobs: TopLogprobs | None = None  # as in Generation
+    tells_ids: bool = False  # as in Generation
 
 
 def kept_of(repeat: Repeat, payer: str, begins: AnswerBegins, wanted: Generation, grammar: str = "") -> str:
     """What is to be kept of an answer: a KeptForm."""
     chat, calls = bool(wanted.messages), wanted.calls()
     key, fingerprint, fleeting = repeat.key, repeat.fingerprint, repeat.fleeting
-    kept = KeptForm(
-        FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar, wanted.logprobs
-    )
+    more = wanted.logprobs, wanted.tells_ids
+    kept = KeptForm(FORM, key, fingerprint, payer, wanted.stops, begins, chat, fleeting, calls, grammar, *more)
     return msgspec.json.encode(kept).decode()
 
 
@@ -85,8 +85,9 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
     )
     chat = answer.prompt if kept.chat else None
     chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)
+    told_ids = answer.prompt if kept.tells_ids else None
     asked = kept.logprobs is not None
-    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls, asked)
+    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls, asked, told_ids)
 
 
 def _known(answer: InheritedAnswer, kept: KeptForm) -> tuple[Sequence[int], Sequence[bytes]]:

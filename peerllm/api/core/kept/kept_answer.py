@@ -33,6 +33,7 @@ class BegunAnswer:
     chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first, and call tools
     calls: CallsWanted
     logprobs: bool = False  # what is said is told with its tokens
+    told_ids: Sequence[int] | None = None  # the prompt, where the end tells its ids
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
@@ -41,6 +42,15 @@ class BegunAnswer:
         reader = self.text.reader(self.chat, schemas, not self.calls.parallel, self.calls.keep != "")
         places = TokenPlaces(TokenBytes(self.text.decoder)) if self.logprobs else None
         return GrowingAnswer(detokenizer, StopScanner(self.stops), reader, places)
+
+    def all_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Of the prompt and the answer, up to where the model ended it; none where they are not told."""
+        if self.told_ids is None:
+            return ()
+        end = len(ids)
+        while end and ids[end - 1] in self.silent:
+            end -= 1
+        return (*self.told_ids, *ids[:end])
 
 
 @dataclass(slots=True)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from peerllm.daemon.background_tasks import BackgroundTasks
 from peerllm.daemon.control_messages import DeploymentState, DeploymentView
-from peerllm.daemon.decide.idle_time import IdleTime
+from peerllm.daemon.decide.idle.idle_time import IdleTime
+from peerllm.daemon.decide.idle.same_start import gives_way
+from peerllm.daemon.deployment.figures.shown_deployment import ShownDeployment
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.facade import Chunk
 from peerllm.errors import PeerLLMError
+from peerllm.request_ids import caused_by
 from peerllm.types import DeviceId
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ class IdleDeployment(Protocol):
     """What is needed of a deployment."""
 
     idle: IdleTime
+    lasting: bool  # it has served
 
     @property
     def name(self) -> str: ...
@@ -40,6 +44,10 @@ class IdleDeployment(Protocol):
     @property
     def busy(self) -> bool:
         """Whether an answer of it is under way."""
+        ...
+
+    def shown(self) -> ShownDeployment:
+        """What others are told of it."""
         ...
 
     def promised(self) -> dict[DeviceId, int]:
@@ -86,12 +94,25 @@ class IdleModels(Generic[D]):
             if due is None:
                 continue
             if due <= now:
-                self._ending.append(one)
-                self._tasks.start(self._end(one, "nobody asks for it"), f"unload {one.name}")
+                with caused_by(""):
+                    self.leave(one, "nobody asks for it")
             else:
                 next_due = due if next_due is None else min(due, next_due)
         if next_due is not None:
             self._timer = asyncio.get_running_loop().call_later(next_due - now, self.look)
+
+    def leave(self, one: D, why: str) -> None:
+        """Unload one, beside the loop. Idempotent."""
+        if one not in self._ending:
+            self._ending.append(one)
+            self._tasks.start(self._end(one, why), f"unload {one.name}")
+
+    def leave_to(self, others: Sequence[DeploymentView]) -> None:
+        """Unload those that requests started and that another device serves, too, if that one goes on."""
+        for one in self._held():
+            may = one.idle.on_demand and (one.makes_way or not one.lasting)
+            if may and gives_way(one.shown().view({}), one.makes_way, others):
+                self.leave(one, "another device serves it")
 
     async def make_room(self, fits: Callable[[dict[DeviceId, int]], Awaitable[bool]]) -> bool:
         """Unload models that requests started and nobody uses, the longest idle first, until `fits` with their memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from peerllm.daemon.decide.demand import USE, Blueprint, Moving, added_bytes, held_bytes
@@ -21,6 +21,7 @@ from peerllm.planner.replan.replan_decision import ReplanDecision
 from peerllm.types import DeviceId
 
 WORTH_A_PAUSE = 0.25  # of the time that requests take, or of the tokens
+MakeRoom = Callable[[Callable[[dict[DeviceId, int]], Awaitable[bool]]], Awaitable[bool]]  # as IdleModels.make_room
 MAX_PLANS = 4  # found and not established, kept for the decider to choose from
 
 
@@ -37,6 +38,7 @@ class NextPlan:
     ) -> None:
         self.profiles: Mapping[str, Any] = {}  # device name: the layer times that the last plan went by
         self.search = search
+        self.make_room: MakeRoom | None = None  # by other models, which then leave
         self._options, self._around = options, around
         self._holdings, self._model = holdings, model
         self._load_mbps = DISK_MBPS
@@ -44,10 +46,18 @@ class NextPlan:
         self._fetched: dict[DeviceId, frozenset[int]] = {}  # layers that devices have on their disks
 
     async def find(self, asked: MakePlan, running: Epoch | None, in_flight: tuple[int, ...]) -> PlanFound:
-        """The plan for a model that was described; InfeasibleError says what is missing."""
+        """The plan for a model that was described; InfeasibleError says what is missing.
+
+        Models that nobody uses make room for it where it needs that.
+        """
         inspected = self._model.inspected
         assert inspected is not None
-        searched = await self._searched(inspected, asked, running, in_flight)
+        try:
+            searched = await self._searched(inspected, asked, running, in_flight)
+        except InfeasibleError:
+            if asked.compare or self.make_room is None or not await self.make_room(self.fits):
+                raise
+            searched = await self._searched(inspected, asked, running, in_flight)
         self._found[asked.number] = blueprint = searched.blueprint
         while len(self._found) > MAX_PLANS:
             del self._found[next(iter(self._found))]

@@ -20,10 +20,11 @@ from peerllm.daemon.weights.gguf.tokenizer_files import tokenizer_files
 from peerllm.daemon.weights.gguf.translation import translate
 from peerllm.engine.messages import TensorAt
 from peerllm.errors import ModelError
-from peerllm.stored_types import TENSOR_LIST
+from peerllm.stored_types import POOLING_FILE, TENSOR_LIST
 
-FORM = 1  # of these directories: another number makes all of them anew
+FORM = 2  # of these directories: another number makes all of them anew
 MOST_KEPT = 32  # directories, of some megabytes each; the longest unused go first
+POOLING_MODES: Mapping[int, str] = {1: "mean_tokens", 2: "cls_token", 3: "lasttoken", 4: "rank"}  # by pooling_type
 
 
 def model_directory(files: Sequence[Path], cache_root: Path) -> Path:
@@ -85,7 +86,16 @@ def _contents(header: GGUFHeader) -> dict[str, bytes]:
         "config.json": _json(translation.config),
         "generation_config.json": _json(translation.generation),
         TENSOR_LIST: orjson.dumps([asdict(tensor) for tensor in translation.tensors]),
+        **_pooling(header.metadata),
     }
+
+
+def _pooling(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """How hidden states become one vector, where the file says so."""
+    kind = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", 0)
+    if type(kind) is not int or kind == 0:
+        return {}
+    return {POOLING_FILE: _json({f"pooling_mode_{POOLING_MODES.get(kind, f'type_{kind}')}": True})}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -98,6 +108,7 @@ def _write(contents: Mapping[str, bytes], place: Path, name: str) -> None:
         made = Path(scratch) / "made"
         (made / name).mkdir(parents=True)
         for file, content in contents.items():
+            (made / name / file).parent.mkdir(exist_ok=True)
             (made / name / file).write_bytes(content)
         try:
             made.rename(place)

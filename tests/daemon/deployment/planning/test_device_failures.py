@@ -10,8 +10,8 @@ import pytest
 from peerllm.daemon.control_messages import Activate, Answer, Progress, Release, Reserve, Trouble
 from peerllm.daemon.decide.demand import sizes
 from peerllm.daemon.decide.deployment_life import pacing
-from peerllm.daemon.deployment import progress_report
 from peerllm.daemon.deployment.establishing import EpochNegotiation
+from peerllm.daemon.deployment.figures import progress_report
 from peerllm.daemon.deployment.planning.device_failures import FAILURE_S, DeviceFailures
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import LoadStage

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
+from peerllm.api.text.pooling_file import pooling_of
 from peerllm.daemon.weights.gguf import model_directory as module
 from peerllm.daemon.weights.gguf.model_directory import MOST_KEPT, model_directory
 from peerllm.engine.weights.checkpoint import read_tensors
@@ -80,6 +81,19 @@ def test_it_is_called_as_the_model_is_and_says_where_its_tensors_lie(tmp_path: P
     assert (place.dtype, place.shape, place.path) == ("F32", (GROUPS * WIDTH, HIDDEN), str(file))
     found = np.fromfile(file, FLOATS, place.nbytes // 4, offset=place.offset).reshape(place.shape)
     assert (found == matrices(range(2))["blk.1.attn_k.weight"]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [(None, "mean"), (0, "mean"), (1, "mean"), (2, "cls_token"), (3, "last"), (4, "rank"), (9, "9")],
+)
+def test_its_header_says_how_vectors_are_made(tmp_path: Path, kind: int | None, pooling: str) -> None:
+    directory = model_directory([write(tmp_path / "m.gguf", pooling_type=kind)], tmp_path / "cache")
+    if pooling in ("mean", "last"):
+        assert pooling_of(directory) == pooling
+    else:
+        with pytest.raises(ModelError, match=f"{pooling}, which cannot be done here"):
+            pooling_of(directory)
 
 
 def test_it_is_written_once_for_a_file_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from peerllm.daemon.deployment.deployment import Deployment
+from peerllm.daemon.deployment.figures.tracing import Traces
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
+from peerllm.daemon.deployment.planning.plan_trial import PlanTrial
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
-from peerllm.daemon.deployment.tracing import Traces
 from peerllm.daemon.facade import RunOptions, RunProgress
+from peerllm.daemon.facade_objects import MeasuredSpeed, Preview
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
@@ -27,7 +29,7 @@ class DeploymentFigures:
         self._around, self._timings, self._find = around, timings, find
         self._traces = Traces(around)
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         """What `run` would plan for now (facade.Household.preview); nothing is reserved or loaded.
 
         What the same model holds already counts as free.
@@ -35,16 +37,17 @@ class DeploymentFigures:
         running = self._find(options.model)
         if running is not None:  # it was asked for by its name
             options = replace(options, model=running.options.model)
-        deployment = Deployment(options, self._around, self._timings)
-        deployment.report.watchers.append(progress)
+        trial = PlanTrial(
+            options, self._around, self._timings, say=lambda what: progress(RunProgress("planning", what))
+        )
         held = running.blueprint.promises if running is not None and running.blueprint is not None else {}
-        found = await deployment.preview(held)
-        view = deployment.shown().view({})
+        found = await trial.preview(held)
+        inspected = await trial.model.describe()
         return {
             "scenario": scenario_file(found.scenario),
             "most_chunk": found.chunk,
             "rounded_layers": list(found.rounded_layers),
-            "weights": weights_form(view),
+            "weights": weights_form(inspected.dtype, inspected.quantize, options.quantize, trial.model.form),
         }
 
     async def scenario(self, model: str) -> dict[str, Any]:
@@ -60,7 +63,7 @@ class DeploymentFigures:
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
+    ) -> MeasuredSpeed:
         """Measure how fast it answers, beside whatever else goes on. BadInputError if that does not fit its slots."""
         deployment = self._running(model)
         if deployment.state != "serving" or deployment.blueprint is None or deployment.model.inspected is None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from peerllm.daemon.control_messages import DeploymentState, DeploymentView
 from peerllm.daemon.decide.demand import Blueprint
 from peerllm.daemon.deployment.described_model import DescribedModel
-from peerllm.daemon.facade import RunOptions, ServedModel
+from peerllm.daemon.facade import ModelDetails, RunOptions, ServedModel
 from peerllm.daemon.weights.known_models import all_names
 from peerllm.types import DeploymentId, DeviceId
 
@@ -67,10 +67,17 @@ class ShownDeployment:
             expires=self.expires,
             abilities=self.model.abilities,
             idle_since=self.idle_since,
+            on_demand=options.on_demand,
+            family=inspected.architecture if inspected is not None else "",
+            parameters=self.model.parameters,
         )
 
     def served(self) -> ServedModel:
         """For this device's API."""
+        inspected, details = self.model.inspected, ModelDetails()
+        if inspected is not None:
+            about = self.model.form, inspected.quantize, inspected.dtype
+            details = ModelDetails.of(inspected.architecture, self.model.parameters, *about)
         return ServedModel(
             deployment=self.deployment,
             name=self.options.name,
@@ -80,13 +87,14 @@ class ShownDeployment:
             created=self.created,
             model_dir=self.model.model_dir,
             context=self._context,
-            stop_ids=self.model.inspected.stop_ids if self.model.inspected is not None else (),
+            stop_ids=inspected.stop_ids if inspected is not None else (),
             message=self.message,
             progress=self.progress,
             missing_bytes=self.missing_bytes,
             names=all_names(self.options.name, self.options.model),
             expires=self.expires,
             abilities=self.model.abilities,
+            details=details,
         )
 
     @property

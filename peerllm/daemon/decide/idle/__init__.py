@@ -1,0 +1,1 @@
+"""Of models that nobody asks for, and of those that requests start."""
