@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from peerllm.api.askers.accounts import AskerStatus
 from peerllm.api.core.generation import Name
 from peerllm.api.core.named_models import device_name
-from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
 from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
@@ -26,6 +27,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, MeasuredSpeed, Preview
 from peerllm.errors import PeerLLMError
 from peerllm.types import Activations, Objective, ScheduleName
 
@@ -128,6 +130,12 @@ class NotHereError(PeerLLMError):
     http_status = 403
 
 
+class ToldStatus(HouseholdStatus):
+    """And who asks, who asked last first."""
+
+    asking: list[AskerStatus]
+
+
 class StatusQuery(Struct):
     wait: bool = False  # for a change, at most WAIT_S
 
@@ -146,20 +154,20 @@ def add_admin(app: web.Application) -> None:
         ApiRoute("GET", f"{prefix}/engine", engine),
         ApiRoute("GET", f"{prefix}/process", process),
         ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
-        ApiRoute("GET", f"{prefix}/events", events, {SSE: dict[str, Any]}, heads=False),
+        ApiRoute("GET", f"{prefix}/events", events, {SSE: ToldStatus}, heads=False),
         change(f"{prefix}/invite", invite),
         change(f"{prefix}/join", join),
         change(f"{prefix}/leave", leave),
         change(f"{prefix}/remove", remove),
         change(f"{prefix}/bench", bench),
-        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, dict[str, Any])}),
+        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, Preview)}),
         change(f"{prefix}/run", run, {LINES: (ProgressLine, StartedModel)}),
         change(f"{prefix}/stop", stop),
         change(f"{prefix}/trace", trace, {JSON: dict[str, Any]}),
     )
 
 
-async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
+async def status(request: web.Request, *, query: StatusQuery) -> ToldStatus:
     """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
     if query.wait:
@@ -170,11 +178,11 @@ async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
     return _status(request.app)
 
 
-def _status(app: web.Application) -> dict[str, Any]:
+def _status(app: web.Application) -> ToldStatus:
     return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
 
 
-async def engine(request: web.Request) -> dict[str, Any]:
+async def engine(request: web.Request) -> EngineStatus:
     """What this device's engine holds now."""
     return await request.app[HOUSEHOLD].engine()
 
@@ -189,7 +197,7 @@ async def process(request: web.Request) -> ProcessFacts:
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
@@ -236,7 +244,7 @@ async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, A
     return await request.app[HOUSEHOLD].scenario(query.model)
 
 
-async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:
+async def bench(request: web.Request, body: BenchBody) -> MeasuredSpeed:
     """Measure how fast a model answers; ends with its client."""
     sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
     with request.app[TASKS].stream(request.remote or ""):
@@ -261,7 +269,7 @@ async def plan(request: web.Request, body: RunBody) -> web.StreamResponse:
     options = body.options()
     household = request.app[HOUSEHOLD]
 
-    async def work(note: Note) -> dict[str, Any]:
+    async def work(note: Note) -> Preview:
         return await household.preview(options, note)
 
     return await _lines(request, work, f"api: plan {options.model[:80]}")
@@ -298,7 +306,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, LINES, household_error)
+    stream = Stream(request, LINES, failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import aclosing
 from functools import partial
 
@@ -71,5 +72,5 @@ class PeerApi:
         return await stream.end()
 
 
-def _failing(facts: ErrorFacts) -> object:
-    return msgspec.to_builtins(AnswerFails(dict(household_error(facts)["error"])))
+def _failing(facts: ErrorFacts) -> Iterator[object]:
+    yield msgspec.to_builtins(AnswerFails(dict(household_error(facts)["error"])))

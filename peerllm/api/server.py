@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler
 
 from peerllm.api.admin import add_admin
 from peerllm.api.anthropic.anthropic_answers import anthropic_error
+from peerllm.api.anthropic.anthropic_models import VERSION_HEADER
 from peerllm.api.anthropic.anthropic_routes import MESSAGES_PATH, add_anthropic
 from peerllm.api.askers.accounts import Accounts
 from peerllm.api.askers.person_tokens import TOKENS_FILE, PersonTokens
@@ -29,6 +30,8 @@ from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASK
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_routes import add_ollama
 from peerllm.api.openai.openai_routes import add_openai
+from peerllm.api.openai.responses.response_answers import responses_error
+from peerllm.api.openai.responses.response_routes import RESPONSES_PATH
 from peerllm.api.owner_routes import add_owner
 from peerllm.api.page import add_page
 from peerllm.api.peer_api import PeerApi
@@ -69,7 +72,8 @@ def create_app(
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
-    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error}
+    by_anthropic = dict.fromkeys((MESSAGES_PATH, VERSION_HEADER), anthropic_error)
+    app[SHAPES] = {"/api/": ollama_error, RESPONSES_PATH: responses_error, **by_anthropic}
     app[EXPECTED] = ExpectedModel(expected)
     app.on_response_prepare.append(add_security_headers)
     app.on_response_prepare.append(add_request_id)

@@ -131,12 +131,16 @@ def test_references_hold_wherever_a_schema_is_put(text: ModelText, tokenizer: An
         assert fits(tokenizer, grammar, f'{{"name": "f", "parameters": {value}}}') == right
 
 
-def test_a_tool_that_cannot_be_kept_is_named(text: ModelText) -> None:
+def test_a_tool_that_cannot_be_kept_is_named(text: ModelText, tokenizer: Any) -> None:
     tools = [{"name": "good", "parameters": OPEN}, {"name": "bad", "parameters": {"type": "array"}, "strict": True}]
     with pytest.raises(ToolSchemaError, match=r"^the arguments of 'bad' cannot be kept to .*nsatisfiable"):
         text.grammar(None, {"tools": tools, "keep": "begun"}, opened=False)
     tools[1]["strict"] = False
-    text.grammar(None, {"tools": tools, "keep": "begun"}, opened=False)
+    for keep in (tools, tools[:1]):
+        grammar = text.grammar({"kind": "json"}, {"tools": keep, "keep": "begun"}, opened=False)
+        call = '<tool_call>\n{"name": "good", "arguments": {"a": "x"}}\n</tool_call>'
+        # All that are not strict are free where one of them cannot be kept, and kept where all can be.
+        assert fits(tokenizer, grammar, call) == (keep is tools)
     text.form = FORMS["lfm"]
     with pytest.raises(ToolSchemaError, match=r"^calls of 'a b' cannot be kept"):
         text.grammar(None, {"tools": [{"name": "a b"}], "keep": "needed"}, opened=False)

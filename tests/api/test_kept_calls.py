@@ -223,3 +223,20 @@ def test_a_text_has_its_form_where_there_is_no_call(form: str, special: bool | N
             else:
                 Draft202012Validator(FORM).validate(json.loads(said))
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("form", "special"), [("tagged objects", True), ("tagged objects", None), ("mistral", True)])
+def test_calls_behind_the_first_are_kept_too(form: str, special: bool | None) -> None:
+    made, begin = grammar(form, special), opening(form)
+    call = Walk(grammar(form, special, needed=True, several=False), marked(form), special, 1).text()
+    for text, right in ((f"A {call} B {call} C", True), (f"A {call} B {begin}x", False), (f"A {begin}x", False)):
+        ids = tokenizer(marked(form), special).encode(text).ids
+        matcher = LLMatcher(known(marked(form), special), made, log_level=0)
+        assert (matcher.try_consume_tokens(ids) == len(ids)) == right, text
+
+
+def test_where_answers_have_channels_one_is_for_thoughts() -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    for answer, kept in ((None, {"needed": True}), ({"kind": "schema", "schema": FORM}, {})):
+        made = grammar("harmony", True, answer, **kept)
+        assert Walk(made, marked("harmony"), True, 1).text(f"{thought}<|channel|>").startswith(thought)

@@ -37,13 +37,14 @@ TOO_MUCH = ["400", "401", "403", "404", "405", "408", "409", "413", "415", "422"
 # Valid, and refused by a model that only writes text, or together with others; of the household's routes, what would
 # change what it does.
 UNSUPPORTED = {
-    "": ("best_of", "context", "logprobs", "max_completion_tokens", "suffix", "template", "think", "thinking",
-         "top_logprobs"),
+    "": ("best_of", "context", "logprobs", "max_completion_tokens", "previous_response_id", "suffix", "template",
+         "think", "thinking", "top_logprobs"),
     "/peerllm/v1/run": ("name",),
     "/peerllm/v1/limits": ("memory_bytes", "threads", "hours", "battery_percent", "hot_celsius", "paused"),
 }  # fmt: skip
 TOKENS = {
     **dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/messages"), ("max_tokens",)),
+    "/v1/responses": ("max_output_tokens",),
     "/peerllm/v1/bench": ("sequences", "prompt_tokens", "output_tokens"),
 }
 MAX_URL_CHARS = 8000  # longer ones are not HTTP for aiohttp
@@ -86,8 +87,9 @@ def sensible(case: Any, turn: int) -> None:
     if turn % 4:
         for name in ("Idempotency-Key", "Last-Event-ID"):
             (case.headers or {}).pop(name, None)
-        if body.get("messages"):
-            body["messages"] = [{"role": "user", "content": "Hello"}]
+        for name in ("messages", *(("input",) if path.startswith("/v1/responses") else ())):
+            if body.get(name) or name == "input":
+                body[name] = [{"role": "user", "content": "Hello"}]
         if not body.get("tools"):
             body.pop("tool_choice", None)
         if isinstance(body.get("prompt"), list) or body.get("prompt") == "":
@@ -156,7 +158,8 @@ def test_every_answer_is_described_and_nothing_fails(two: list[Device], which: i
     assert statuses.total() >= LEAST and not [one for one in statuses if not one[1]]
     answered = {label for label, status in statuses if status < 300}
     assert not FULL or not {label for label, _ in statuses} - answered
-    assert {"POST /v1/chat/completions", "POST /api/generate", "POST /v1/messages"} <= answered
+    asked = "/v1/chat/completions", "/v1/responses", "/api/generate", "/v1/messages"
+    assert {f"POST {path}" for path in asked} <= answered
     for one in two:
         assert one.process is not None and one.process.poll() is None
         assert "Exception in callback" not in one.log_tail() and " failed: " not in one.log_tail()

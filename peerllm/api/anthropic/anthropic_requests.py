@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
@@ -114,17 +115,12 @@ class AnthropicChoice(Struct):
         return self.name if self.type == "tool" else "required" if self.type == "any" else self.type
 
 
-class AnthropicBody(Struct, kw_only=True):
+class AnthropicPrompt(Struct, kw_only=True):
+    """All that the model reads: what /v1/messages/count_tokens counts."""
+
     model: Name
-    max_tokens: TokenCount
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     system: Content | None = None
-    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    metadata: RequestMetadata | None = None
     tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingBody | None = None
@@ -143,16 +139,31 @@ class AnthropicBody(Struct, kw_only=True):
         wanted = Generation(
             model=self.model,
             messages=tuple(messages),
-            max_tokens=self.max_tokens,
-            stops=tuple(self.stop_sequences or ()),
-            sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
             tools=tuple(tools),
             tool_choice=choice.choice() if choice is not None else "",
             parallel_calls=choice is None or not choice.disable_parallel_tool_use,
             reasoning=self.thinking is not None and self.thinking.type != "disabled",
-            user=(self.metadata.user_id or "") if self.metadata is not None else "",
         )
         return checked(wanted, {})
+
+
+class AnthropicBody(AnthropicPrompt, kw_only=True):
+    max_tokens: TokenCount
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    metadata: RequestMetadata | None = None
+
+    def generation(self) -> Generation:
+        return replace(
+            super().generation(),
+            max_tokens=self.max_tokens,
+            stops=tuple(self.stop_sequences or ()),
+            sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
+            user=(self.metadata.user_id or "") if self.metadata is not None else "",
+        )
 
 
 def text_of_blocks(content: Content, where: str) -> str:

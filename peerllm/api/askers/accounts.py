@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from peerllm.api.core.answer_events import AnswerEnds, AnswerEvent
 from peerllm.api.core.caller import Caller
@@ -25,6 +25,18 @@ class Account:
     answers: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+
+
+class AskerStatus(TypedDict):
+    """An account as it is shown; `device` by its name."""
+
+    name: str
+    by: str
+    device: str
+    under_way: int
+    answers: int
+    prompt_tokens: int
+    answer_tokens: int
 
 
 class Accounts:
@@ -48,7 +60,7 @@ class Accounts:
         finally:
             account.under_way -= 1
 
-    def told(self, device_name: Callable[[str], str]) -> list[dict[str, Any]]:
+    def told(self, device_name: Callable[[str], str]) -> list[AskerStatus]:
         """Who asked last comes first."""
         return [
             {

@@ -74,10 +74,8 @@ class _Schemas:
 
     def of(self, kind: Any) -> dict[str, Any]:
         """One type's, or any of several."""
-        if isinstance(kind, tuple):
-            return {"anyOf": [self._found[one] for one in kind]}
-        found: dict[str, Any] = self._found[kind]
-        return found
+        found = [self._found[one] for one in kind] if isinstance(kind, tuple) else [self._found[kind]]
+        return {"anyOf": found} if len(found) > 1 else found[0]
 
     def query(self, kind: type[Any] | None) -> list[dict[str, Any]]:
         """The parameters in a query."""

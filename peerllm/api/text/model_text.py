@@ -130,13 +130,23 @@ class ModelText:
         ids = {token.content: number for number, token in added if is_special(token)}
         kept = self.form.kept if self.form is not None else None
         marks = ModelMarks(ids, kept, self.marks, opened)
-        needed = calls.get("keep") == "needed"
-        tools: dict[str, Mapping[str, Any]] = {}
-        for one in calls.get("tools", ()) if calls.get("keep") else ():
-            strict = needed or one.get("strict")
-            tools[one["name"]] = argument_schema(one.get("parameters", {})) if strict else {"type": "object"}
-        kept_calls = KeptCalls(tools, needed, calls.get("parallel", True)) if tools else None
-        return grammar_of(form, kept_calls, marks)
+        if not calls.get("keep"):
+            return grammar_of(form, None, marks)
+        needed = calls["keep"] == "needed"
+
+        def wanted(every: bool) -> KeptCalls:
+            tools: dict[str, Mapping[str, Any]] = {}
+            for one in calls["tools"]:
+                known = every or needed or one.get("strict")
+                tools[one["name"]] = argument_schema(one.get("parameters", {})) if known else {"type": "object"}
+            return KeptCalls(tools, needed, calls.get("parallel", True))
+
+        try:
+            return grammar_of(form, wanted(True), marks)
+        except BadInputError:  # nobody asked for it where tools are not strict
+            if needed:
+                raise
+            return grammar_of(form, wanted(False), marks)
 
 
 def _shell(parts: Mapping[str, Any]) -> str:
