@@ -288,6 +288,6 @@ async def test_they_count_where_answers_are_bounded(
     assert (kept.size, KeptAnswer("", b"", "", ids=ids).size) == (4 * len(ids), len(ids))
     monkeypatch.setattr(telling, "MAX_WHOLE_CHARS", 2000)
     async with client.post(PATH, json=ASK) as response:
-        assert response.status == 500 and "more than 2000" in await response.text()
+        assert response.status == 503 and "more than 2000" in await response.text()
     async with client.post(PATH, json={"model": "builtin", "messages": HI}) as response:
         assert response.status == 200
