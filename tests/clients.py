@@ -29,7 +29,7 @@ class Heard:
 
 
 @asynccontextmanager
-async def clients(url: str, token: str = "") -> AsyncIterator[aiohttp.ClientSession]:
+async def clients(url: str | None = None, token: str = "") -> AsyncIterator[aiohttp.ClientSession]:
     """A session with a connection for everyone."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=TOTAL_S)

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from peerllm.api.askers.accounts import AskerStatus
 from peerllm.api.core.generation import Name
-from peerllm.api.error_answers import FieldError, household_error, json_response
+from peerllm.api.core.named_models import device_name
+from peerllm.api.error_answers import FieldError, failing_as, household_error, json_response
 from peerllm.api.guard import ADMIN_PREFIX, is_loopback
-from peerllm.api.keys import EXPECTED, HOUSEHOLD, TASKS
+from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, HOUSEHOLD, TASKS
 from peerllm.api.routes.api_route import JSON, ApiRoute, NoFields, add_routes
 from peerllm.api.streams import KEEP_ALIVE_S, LINES, SSE, Stream, each, pulsed
 from peerllm.daemon.facade import (
@@ -25,6 +27,7 @@ from peerllm.daemon.facade import (
     RunOptions,
     RunProgress,
 )
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, MeasuredSpeed, Preview
 from peerllm.errors import PeerLLMError
 from peerllm.types import Activations, Objective, ScheduleName
 
@@ -110,6 +113,7 @@ class Invitation(TypedDict):
 class ProcessFacts(TypedDict):
     pid: int
     tasks: int
+    answers: int
 
 
 class ProgressLine(TypedDict):
@@ -124,6 +128,12 @@ class NotHereError(PeerLLMError):
     """Only who sits at this machine is told."""
 
     http_status = 403
+
+
+class ToldStatus(HouseholdStatus):
+    """And who asks, who asked last first."""
+
+    asking: list[AskerStatus]
 
 
 class StatusQuery(Struct):
@@ -144,20 +154,20 @@ def add_admin(app: web.Application) -> None:
         ApiRoute("GET", f"{prefix}/engine", engine),
         ApiRoute("GET", f"{prefix}/process", process),
         ApiRoute("GET", f"{prefix}/scenario", scenario, refuses=(404, 409)),
-        ApiRoute("GET", f"{prefix}/events", events, {SSE: dict[str, Any]}, heads=False),
+        ApiRoute("GET", f"{prefix}/events", events, {SSE: ToldStatus}, heads=False),
         change(f"{prefix}/invite", invite),
         change(f"{prefix}/join", join),
         change(f"{prefix}/leave", leave),
         change(f"{prefix}/remove", remove),
         change(f"{prefix}/bench", bench),
-        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, dict[str, Any])}),
+        change(f"{prefix}/plan", plan, {LINES: (ProgressLine, Preview)}),
         change(f"{prefix}/run", run, {LINES: (ProgressLine, StartedModel)}),
         change(f"{prefix}/stop", stop),
         change(f"{prefix}/trace", trace, {JSON: dict[str, Any]}),
     )
 
 
-async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
+async def status(request: web.Request, *, query: StatusQuery) -> ToldStatus:
     """What `peerllm status --json` prints; with `wait` not before it changes, or some time has passed."""
     household = request.app[HOUSEHOLD]
     if query.wait:
@@ -165,30 +175,34 @@ async def status(request: web.Request, *, query: StatusQuery) -> dict[str, Any]:
             async with aclosing(pulsed(each(household.changed()), WAIT_S)) as changes:
                 await anext(changes, None)  # at once
                 await anext(changes, None)
-    return household.status()
+    return _status(request.app)
 
 
-async def engine(request: web.Request) -> dict[str, Any]:
+def _status(app: web.Application) -> ToldStatus:
+    return {**app[HOUSEHOLD].status(), "asking": app[ACCOUNTS].told(partial(device_name, app))}
+
+
+async def engine(request: web.Request) -> EngineStatus:
     """What this device's engine holds now."""
     return await request.app[HOUSEHOLD].engine()
 
 
 async def process(request: web.Request) -> ProcessFacts:
-    """This daemon's process, its asyncio tasks counted; for who sits at this machine."""
+    """This daemon's process, its asyncio tasks and kept answers counted; for who sits at this machine."""
     if not is_loopback(request.remote or ""):
         raise NotHereError("this is told on the device itself only")
-    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks())}
+    return {"pid": os.getpid(), "tasks": len(asyncio.all_tasks()), "answers": len(request.app[ANSWERS])}
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """The status now and after every change, as SSE."""
     household = request.app[HOUSEHOLD]
-    stream = Stream(request, SSE, household_error)
+    stream = Stream(request, SSE, failing_as(household_error))
     with request.app[TASKS].stream(request.remote or ""):
         async with aclosing(pulsed(each(household.changed()), KEEP_ALIVE_S)) as changes:
             async for changed in changes:
                 if changed:
-                    await stream.send(household.status())
+                    await stream.send(_status(request.app))
                 else:
                     await stream.comment("unchanged")
     return await stream.end()
@@ -230,7 +244,7 @@ async def scenario(request: web.Request, *, query: ScenarioQuery) -> dict[str, A
     return await request.app[HOUSEHOLD].scenario(query.model)
 
 
-async def bench(request: web.Request, body: BenchBody) -> dict[str, Any]:
+async def bench(request: web.Request, body: BenchBody) -> MeasuredSpeed:
     """Measure how fast a model answers; ends with its client."""
     sequences, prompt, output = body.sequences or 1, body.prompt_tokens or 64, body.output_tokens or 64
     with request.app[TASKS].stream(request.remote or ""):
@@ -255,7 +269,7 @@ async def plan(request: web.Request, body: RunBody) -> web.StreamResponse:
     options = body.options()
     household = request.app[HOUSEHOLD]
 
-    async def work(note: Note) -> dict[str, Any]:
+    async def work(note: Note) -> Preview:
         return await household.preview(options, note)
 
     return await _lines(request, work, f"api: plan {options.model[:80]}")
@@ -292,7 +306,7 @@ async def _lines(
             lines.get_nowait()
         lines.put_nowait(progress)
 
-    stream = Stream(request, LINES, household_error)
+    stream = Stream(request, LINES, failing_as(household_error))
     with tasks.stream(request.remote or ""):
         task = tasks.start(work(note), name)
         task.add_done_callback(lambda _: lines.put_nowait(None))

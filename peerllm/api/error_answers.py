@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from peerllm.api.streams import STREAM, Stream
+from peerllm.api.streams import STREAM, Failing, Stream
 from peerllm.errors import BadInputError, OverloadedError, PeerLLMError, one_line
 
 RETRY_AFTER_S = 5  # seconds after which a client may ask again for what is not available now
@@ -120,7 +119,7 @@ def household_error(facts: ErrorFacts) -> HouseholdError:
     return {"error": told}
 
 
-# By the beginning of the path, the longest that fits; every other route has `household_error`.
+# By the beginning of the path, or by a header that is there; the longest that fits. All others: `household_error`.
 SHAPES: web.AppKey[Mapping[str, ErrorShape]] = web.AppKey("shapes", dict)
 
 
@@ -133,7 +132,14 @@ def shape_at(app: web.Application, path: str) -> ErrorShape:
 
 def shape_of(request: web.Request) -> ErrorShape:
     """How the client of this request reads errors."""
-    return shape_at(request.app, request.path)
+    shapes = request.app.get(SHAPES, {})
+    named = next((one for one in shapes if one in request.headers), None)
+    return shapes[named] if named is not None else shape_at(request.app, request.path)
+
+
+def failing_as(shape: ErrorShape) -> Failing:
+    """A stream ends with one object of this shape."""
+    return lambda facts: (shape(facts),)
 
 
 def facts_of(error: PeerLLMError) -> ErrorFacts:
@@ -205,7 +211,5 @@ async def _broken_off(request: web.Request, facts: ErrorFacts) -> web.StreamResp
     stream: Stream | None = request.get(STREAM)
     if stream is None or not stream.started:
         return None
-    with contextlib.suppress(ConnectionError):
-        await stream.send(stream.failing(facts))
-        await stream.end()
+    await stream.fail(facts)
     return stream.response

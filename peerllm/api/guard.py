@@ -5,7 +5,8 @@ origin (its Origin, Sec-Fetch-Site or missing JSON content type gives it away) a
 127.0.0.1 (DNS rebinding; its Host gives it away). Bound to any other address, every route needs the token, as
 `Authorization: Bearer TOKEN`, as `X-Api-Key: TOKEN`, or as the cookie that `/?token=TOKEN` sets. What changes the
 household (POST below /peerllm/) needs, on top of the rules above, the token in one of these headers or the header
-`X-PeerLLM`, which a foreign page cannot add without a preflight that is never granted.
+`X-PeerLLM`, which a foreign page cannot add without a preflight that is never granted. A person's token opens what the
+device's own does, but not what changes the household.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from peerllm.api.askers.person_tokens import PersonTokens
+from peerllm.api.core.caller import PERSON
 from peerllm.api.error_answers import refused
 
 ADMIN_PREFIX = "/peerllm/"
@@ -78,6 +81,7 @@ class Guard:
     token: str
     loopback: bool
     names: frozenset[str] = frozenset()
+    persons: PersonTokens = field(default_factory=PersonTokens)
 
     @property
     def cookie(self) -> str:
@@ -92,16 +96,33 @@ class Guard:
         foreign = self._foreign_page(call, host)
         if foreign:
             return foreign
-        bearer = self._bearer(call)
-        if not self.loopback and not (bearer or self._signed_in(call)):
+        owner, person = any(map(self.is_token, _tokens(call))), self.person(call)
+        if not self.loopback and not (owner or person or self._signed_in(call)):
             return Refusal(401, f"this needs the device's token ({_WHERE}): Authorization: Bearer TOKEN")
         if call.method in _READING or not call.routed:
             return None
-        if call.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        kind = call.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        bare = call.method == "DELETE" and not kind  # never without a preflight, and no foreign page has the token
+        if kind != "application/json" and not bare and not any(map(self.opens, _tokens(call))):
             return Refusal(415, "send the body as Content-Type: application/json")
-        if call.path.startswith(ADMIN_PREFIX) and not bearer and not call.headers.get(PAGE_HEADER):
+        if not call.path.startswith(ADMIN_PREFIX) or owner:
+            return None
+        if person:
+            return Refusal(
+                403, f"the token of {person} does not change the household; it takes the device's own ({_WHERE})"
+            )
+        if not call.headers.get(PAGE_HEADER):
             return Refusal(401, f"this needs the device's token ({_WHERE}), or its own page's header {PAGE_HEADER}")
         return None
+
+    def person(self, call: Call) -> str:
+        """Whose token comes with it, "" if no person's does."""
+        given = *_tokens(call), call.cookies.get(self.cookie, "")
+        return next(filter(None, map(self.persons.person_of, given)), "")
+
+    def opens(self, token: str) -> bool:
+        """Whether it is the device's token, or a person's."""
+        return self.is_token(token) or bool(self.persons.person_of(token))
 
     def _own_host(self, host: str) -> bool:
         name = host_name(host)
@@ -118,20 +139,19 @@ class Guard:
             return Refusal(403, "pages of another origin may not call this device")
         return None
 
-    def _bearer(self, call: Call) -> bool:
-        scheme, _, given = call.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self.is_token(given.strip()):
-            return True
-        return self.is_token(call.headers.get(API_KEY_HEADER, ""))
-
     def _signed_in(self, call: Call) -> bool:
         if self.is_token(call.cookies.get(self.cookie, "")):
             return True
-        return call.path == PAGE_PATH and call.method in _READING and self.is_token(call.query_token)
+        return call.path == PAGE_PATH and call.method in _READING and self.opens(call.query_token)
 
     def is_token(self, given: str) -> bool:
         """Compared in constant time."""
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
+
+
+def _tokens(call: Call) -> tuple[str, str]:
+    scheme, _, given = call.headers.get("Authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else "", call.headers.get(API_KEY_HEADER, "")
 
 
 def host_name(host: str) -> str:
@@ -150,6 +170,7 @@ def guarded(guard: Guard) -> Middleware:
         token, routed = request.query.get("token", ""), request.match_info.http_exception is None
         call = Call(request.method, request.path, request.headers, request.cookies, token, routed)
         refusal = guard.refusal(call)
+        request[PERSON] = guard.person(call)
         if refusal is None:
             return await handler(request)
         headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None

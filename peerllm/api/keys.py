@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from peerllm.api.askers.accounts import Accounts
 from peerllm.api.core.kept.answer_store import AnswerStore
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard
@@ -16,4 +17,5 @@ TEXTS: web.AppKey[TextStore] = web.AppKey("texts", TextStore)
 TASKS: web.AppKey[Tasks] = web.AppKey("tasks", Tasks)
 EXPECTED: web.AppKey[ExpectedModel] = web.AppKey("expected", ExpectedModel)
 ANSWERS: web.AppKey[AnswerStore] = web.AppKey("answers", AnswerStore)
+ACCOUNTS: web.AppKey[Accounts] = web.AppKey("accounts", Accounts)
 GUARD: web.AppKey[Guard] = web.AppKey("guard", Guard)

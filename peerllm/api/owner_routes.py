@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
@@ -11,6 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 from peerllm.api.guard import ADMIN_PREFIX
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.routes.api_route import ApiRoute, NoFields, add_routes
+from peerllm.daemon.facade_objects import LimitsStatus
 
 
 class LimitsBody(Struct, forbid_unknown_fields=True):
@@ -35,21 +34,21 @@ def add_owner(app: web.Application) -> None:
     )
 
 
-async def limits(request: web.Request) -> dict[str, Any]:
+async def limits(request: web.Request) -> LimitsStatus:
     """All limits, and "leaving": why nothing is lent now."""
     return request.app[HOUSEHOLD].limits()
 
 
-async def set_limits(request: web.Request, body: LimitsBody) -> dict[str, Any]:
+async def set_limits(request: web.Request, body: LimitsBody) -> LimitsStatus:
     """Change some limits, the others stay; gives all."""
     return await request.app[HOUSEHOLD].set_limits(msgspec.to_builtins(body))
 
 
-async def pause(request: web.Request, _: NoFields) -> dict[str, Any]:
+async def pause(request: web.Request, _: NoFields) -> LimitsStatus:
     """Lend nothing until `resume`."""
     return await request.app[HOUSEHOLD].set_limits({"paused": True})
 
 
-async def resume(request: web.Request, _: NoFields) -> dict[str, Any]:
+async def resume(request: web.Request, _: NoFields) -> LimitsStatus:
     """Lend again."""
     return await request.app[HOUSEHOLD].set_limits({"paused": False})

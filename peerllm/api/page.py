@@ -43,7 +43,7 @@ FILES: web.AppKey[dict[str, File]] = web.AppKey("files", dict)
 
 
 class PageQuery(Struct):
-    """`token`: the device's, which signs a browser in."""
+    """`token`: the device's or a person's, which signs a browser in."""
 
     token: str = ""
 
@@ -58,15 +58,15 @@ def add_page(app: web.Application) -> None:
 
 
 async def page(request: web.Request, *, query: PageQuery) -> web.StreamResponse:
-    """The page; with the device's token it also signs the browser in.
+    """The page; with a token it also signs the browser in.
 
     The page takes the token out of the address bar.
     """
     response = _answer(request, "index.html")
     guard = request.app[GUARD]
-    if guard.is_token(query.token):
+    if guard.opens(query.token):
         response.set_cookie(
-            guard.cookie, guard.token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
+            guard.cookie, query.token, max_age=COOKIE_AGE_S, httponly=True, samesite="Strict", path="/",
             secure=request.secure,
         )  # fmt: skip
     return response

@@ -14,17 +14,24 @@ from aiohttp.typedefs import Handler
 
 from peerllm.api.admin import add_admin
 from peerllm.api.anthropic.anthropic_answers import anthropic_error
+from peerllm.api.anthropic.anthropic_models import VERSION_HEADER
 from peerllm.api.anthropic.anthropic_routes import MESSAGES_PATH, add_anthropic
+from peerllm.api.askers.accounts import Accounts
+from peerllm.api.askers.person_tokens import TOKENS_FILE, PersonTokens
+from peerllm.api.askers.request_log import add_request_id, with_request_id
+from peerllm.api.askers.token_routes import add_tokens
 from peerllm.api.bodies import MAX_BODY_BYTES
 from peerllm.api.core.kept import inherited_answers
 from peerllm.api.core.kept.answer_store import AnswerStore
 from peerllm.api.error_answers import SHAPES, errors_as_json
 from peerllm.api.expected_model import ExpectedModel
 from peerllm.api.guard import Guard, add_security_headers, guarded, is_loopback
-from peerllm.api.keys import ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
+from peerllm.api.keys import ACCOUNTS, ANSWERS, EXPECTED, GUARD, HOUSEHOLD, TASKS, TEXTS
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_routes import add_ollama
 from peerllm.api.openai.openai_routes import add_openai
+from peerllm.api.openai.responses.response_answers import responses_error
+from peerllm.api.openai.responses.response_routes import RESPONSES_PATH
 from peerllm.api.owner_routes import add_owner
 from peerllm.api.page import add_page
 from peerllm.api.peer_api import PeerApi
@@ -54,21 +61,26 @@ def create_app(
     names: Iterable[str] = (),
     expected: str = "",
     in_process: bool = False,
+    persons: PersonTokens | None = None,
 ) -> web.Application:
     """Every route over the household's face, behind the guard; `names`: further hosts the owner calls it by.
 
     `expected`: the model that is about to be run, "" if none is; `in_process`: child processes are not welcome.
     """
-    guard = Guard(token, loopback, frozenset(name.lower() for name in names))
-    app = web.Application(middlewares=[guarded(guard), errors_as_json, when_started], client_max_size=MAX_BODY_BYTES)
+    guard = Guard(token, loopback, frozenset(name.lower() for name in names), persons or PersonTokens())
+    middlewares = with_request_id, guarded(guard), errors_as_json, when_started
+    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[HOUSEHOLD] = household
     app[GUARD] = guard
-    app[SHAPES] = {"/api/": ollama_error, MESSAGES_PATH: anthropic_error}
+    by_anthropic = dict.fromkeys((MESSAGES_PATH, VERSION_HEADER), anthropic_error)
+    app[SHAPES] = {"/api/": ollama_error, RESPONSES_PATH: responses_error, **by_anthropic}
     app[EXPECTED] = ExpectedModel(expected)
     app.on_response_prepare.append(add_security_headers)
+    app.on_response_prepare.append(add_request_id)
     app[TEXTS] = TextStore(in_process)
     app[TASKS] = Tasks()
     app[ANSWERS] = AnswerStore()
+    app[ACCOUNTS] = Accounts()
     app[ROUTES] = []
     app.cleanup_ctx.append(_resources)
     app.on_shutdown.append(_end_streams)
@@ -76,6 +88,7 @@ def create_app(
     add_openai(app)
     add_ollama(app)
     add_anthropic(app)
+    add_tokens(app)
     add_admin(app)
     add_owner(app)
     add_routes(app, ApiRoute("GET", "/openapi.json", openapi_document))
@@ -145,8 +158,9 @@ class ApiServer:
         if self._socket is None:
             await self.reserve()
         assert self._socket is not None
-        token = load_or_create_token(self._data_dir)
-        app = create_app(self._household, token, is_loopback(self.host), self._names, self._expected, self._in_process)
+        token, persons = load_or_create_token(self._data_dir), PersonTokens(self._data_dir / TOKENS_FILE)
+        loopback = is_loopback(self.host)
+        app = create_app(self._household, token, loopback, self._names, self._expected, self._in_process, persons)
         app.middlewares.insert(0, self._acceptor.bounded)
         runner = self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, keepalive_timeout=IDLE_S

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ import orjson
 from aiohttp import web
 
 T = TypeVar("T")
+Failing = Callable[[Any], Iterable[object]]  # of an error's facts the last words of a stream
 SSE = "text/event-stream; charset=utf-8"
 LINES = "application/x-ndjson"
 KEEP_ALIVE_S = 5.0  # seconds of silence after which a comment keeps the connection alive
@@ -69,15 +71,12 @@ class _EndError(Exception):
 class Stream:
     """One streamed answer; writing raises ConnectionError when the client is gone or stopped reading.
 
-    `failing` makes of an error's facts what the stream ends with; `named`: SSE events carry the name that is their
-    "type".
+    `named`: SSE events carry the name that is their "type".
     """
 
-    def __init__(
-        self, request: web.Request, content_type: str, failing: Callable[[Any], object], named: bool = False
-    ) -> None:
+    def __init__(self, request: web.Request, content_type: str, failing: Failing, named: bool = False) -> None:
         self._request = request
-        self._sse, self._named, self.failing = content_type == SSE, named, failing
+        self._sse, self._named, self._failing = content_type == SSE, named, failing
         request[STREAM] = self  # so that an error is told in the framing that was begun
         self._response = web.StreamResponse(
             headers={"Content-Type": content_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -88,7 +87,9 @@ class Stream:
         return self._response.prepared
 
     async def send(self, body: Any, event_id: str | None = None) -> None:
-        """One SSE event of JSON, with its id if it has one, or one line of JSON."""
+        """One SSE event of JSON, with its id if it has one, or one line of JSON; bytes go as they are."""
+        if isinstance(body, bytes):
+            return await self.write(body)
         data, head = orjson.dumps(body), f"id: {event_id}\n".encode() if event_id is not None else b""
         if self._named:
             head += f"event: {body['type']}\n".encode()
@@ -112,6 +113,13 @@ class Stream:
     async def end(self) -> web.StreamResponse:
         await self._response.write_eof()
         return self._response
+
+    async def fail(self, facts: Any) -> None:
+        """End it with an error, if the client is still there."""
+        with contextlib.suppress(ConnectionError):
+            for body in self._failing(facts):
+                await self.send(body)
+            await self.end()
 
     @property
     def response(self) -> web.StreamResponse:

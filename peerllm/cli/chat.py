@@ -143,7 +143,8 @@ def _converse(device: LocalDevice, body: dict[str, Any], messages: list[dict[str
             messages.pop()
             if not asking:
                 raise
-            print(f"peerllm: {printable(str(error))}", file=sys.stderr)
+            request = getattr(error, "request", "")
+            print(f"peerllm: {printable(str(error))}{request and f' (request {request})'}", file=sys.stderr)
         except KeyboardInterrupt:
             if not asking:
                 raise

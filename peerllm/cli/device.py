@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from peerllm import request_ids
 from peerllm.api.token import TOKEN_FILE
 from peerllm.errors import NotFoundError, PeerLLMError, UnavailableError
 from peerllm.saved_files import replace_file
@@ -25,7 +26,10 @@ MAX_LINE_BYTES = 64 << 20
 
 
 class AnsweredError(PeerLLMError):
-    """The device refused; the message is its own."""
+    """The device refused; the message is its own. `request`: the id under which its log says why it could not."""
+
+    request = ""
+    status = http.HTTPStatus.INTERNAL_SERVER_ERROR.value
 
 
 class LocalDevice:
@@ -100,6 +104,10 @@ class LocalDevice:
             if response.status != http.HTTPStatus.OK:
                 raise _refused(response)
             yield response
+        except AnsweredError as error:
+            if error.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                error.request = response.headers.get(request_ids.HEADER, "")
+            raise
         except TimeoutError as error:
             raise UnavailableError(f"the device said nothing for {timeout_s:g} s; see its log") from error
         except (OSError, http.client.HTTPException) as error:
@@ -128,7 +136,9 @@ def _checked(value: dict[str, Any]) -> dict[str, Any]:
     """The object, unless it is an error object."""
     error = value.get("error")
     if isinstance(error, dict):
-        raise AnsweredError(str(error.get("message") or "refused without a reason"))
+        answered = AnsweredError(str(error.get("message") or "refused without a reason"))
+        answered.status = error.get("status") or answered.status
+        raise answered
     return value
 
 

@@ -14,6 +14,7 @@ from peerllm.types import SCHEDULE_NAMES
 
 Status = Mapping[str, Any]
 MAX_LINKS = 30  # lines of the table
+MAX_ASKERS = 12  # the same of the last who asked
 
 
 def status(args: argparse.Namespace) -> None:
@@ -29,6 +30,8 @@ def status(args: argparse.Namespace) -> None:
         return
     print(links_text(found))
     print(deployments_text(found))
+    if asking := asking_text(found):
+        print(asking)
 
 
 def devices(args: argparse.Namespace) -> None:
@@ -72,6 +75,15 @@ def deployments_text(found: Status) -> str:
     if not found["deployments"]:
         return "No model is served. Start the built-in one with: peerllm run builtin"
     return "\n\n".join(deployment_text(one) for one in found["deployments"])
+
+
+def asking_text(found: Status) -> str:
+    """Who asks for answers now, and how much each has had since this device started."""
+    rows = [("WHO ASKS", "AT", "KNOWN BY", "NOW", "ANSWERS", "TOKENS IN", "TOKENS OUT")]
+    for one in found.get("asking", ())[:MAX_ASKERS]:
+        counts = [f"{one[key]:,}" for key in ("under_way", "answers", "prompt_tokens", "answer_tokens")]
+        rows.append((one["name"], one["device"] or found["device"]["name"], one["by"], *counts))
+    return f"\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def deployment_text(one: Mapping[str, Any]) -> str:

@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"peerllm.cli.{args.module}")
         return int(getattr(command, args.function)(args) or OK)
     except PeerLLMError as error:
-        print(f"peerllm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        request = getattr(error, "request", "")
+        text = f"{' '.join(str(error).split())}{request and f' (request {request})'}"
+        print(f"peerllm: {printable(text)}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _looking(command)
     _planning(command)
     _lending(command)
+    _tokens(command("token", "Make, list or take back tokens of persons, whose names then show in `status` and logs."))
     _service(command("service", "Run this device as a service, which starts with the machine.", data=False))
     return parser
 
@@ -250,6 +251,13 @@ def _looking(command: _Command) -> None:
     trace.add_argument("--read", type=Path, metavar="FILE", help="record nothing: tell of a trace recorded before")
     trace.add_argument("--plot", type=Path, metavar="FILE", help="draw computing and sending (.svg or .png)")
     trace.add_argument("--json", action="store_true", help="what was written, in figures")
+
+
+def _tokens(token: argparse.ArgumentParser) -> None:
+    token.set_defaults(module="household", function="token")
+    token.add_argument("doing", metavar="add|list|revoke", choices=("add", "list", "revoke"))
+    token.add_argument("person", nargs="?", default="", metavar="PERSON", help="whom the token names")
+    token.add_argument("--json", action="store_true")
 
 
 def _lending(command: _Command) -> None:

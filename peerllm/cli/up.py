@@ -12,16 +12,18 @@ from peerllm.cli.device import starting
 from peerllm.cli.terminal import tell
 from peerllm.daemon.settings import Settings
 from peerllm.errors import BadInputError
+from peerllm.request_ids import LOG_FORMAT, CauseInLog
 
 MAX_NAME_CHARS = 63  # as of a host's name
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HTTP_CLIENTS = ("httpx", "httpx2")
 _LOOPBACK = ("127.0.0.1", "::1")
 
 
 def run(args: argparse.Namespace) -> None:
     """Returns when the device was stopped; BadInputError if it cannot start."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(CauseInLog())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, format=LOG_FORMAT)
     for client in HTTP_CLIENTS:  # of the hub's library: each request would be a line
         logging.getLogger(client).setLevel(logging.WARNING)
     settings = settings_of(args)

@@ -439,6 +439,15 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
+class Computing:
+    """A coordinator tells the devices of a plan which request they compute for from now on, for their logs."""
+
+    deployment: DeploymentId
+    sequence: int
+    request: str  # its id (request_ids.py)
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerCopied:
     """A coordinator tells its successor of an answer under way that has a key; ids that come follow (AnswerGrew)."""
 
@@ -466,5 +475,5 @@ class AnswerGrew:
 
 Control = (
     Hello | Heartbeat | HeartbeatKey | Goodbye | Gossip | Whereabouts | DeviceView | LinkTable | Ask | Answer
-    | Progress | Trouble | AnswerCopied | AnswerGrew
+    | Progress | Trouble | AnswerCopied | AnswerGrew | Computing
 )  # fmt: skip

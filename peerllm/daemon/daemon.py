@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peerllm.daemon.control_messages import DeviceView, DiskModel, Hello
 from peerllm.daemon.debounce import Debounce
@@ -34,6 +34,7 @@ from peerllm.daemon.facade import (
     RunProgress,
     ServedModel,
 )
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.daemon.household_events import HouseholdEvents
 from peerllm.daemon.network import Network
 from peerllm.daemon.owner.lending import Lending
@@ -213,7 +214,7 @@ class Daemon:
 
     # ---- facade.Household -----------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> HouseholdStatus:
         """The status object (docs/json.md)."""
         if not self._ready.is_set():
             return starting_status(self.identity.device, self.settings, self._doing)
@@ -231,7 +232,7 @@ class Daemon:
             sightings=network.sightings(),
         )
 
-    async def engine(self) -> dict[str, Any]:
+    async def engine(self) -> EngineStatus:
         """Asked of the engine itself, so that it is true now; an idle one is not started for it."""
         if self.host.state == IDLE:
             return engine_entry(EngineLoad(0, (), 0, 0, 0))
@@ -296,7 +297,7 @@ class Daemon:
         running = [one for one in self.models() if one.deployment]
         return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         return await self.coordinator.figures.preview(options, progress)
 
     async def scenario(self, model: str) -> dict[str, Any]:
@@ -304,7 +305,7 @@ class Daemon:
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
+    ) -> MeasuredSpeed:
         return await self.coordinator.figures.bench(model, sequences, prompt_tokens, output_tokens, apart)
 
     async def record(self, model: str) -> int:
@@ -336,10 +337,10 @@ class Daemon:
         names.pop(self.identity.device, None)
         await self.network.remove(device_called(device, names, self.identity.device, self.settings.name))
 
-    def limits(self) -> dict[str, Any]:
-        return {**asdict(self.lending.limits), "leaving": self.lending.leaving}
+    def limits(self) -> LimitsStatus:
+        return cast("LimitsStatus", {**asdict(self.lending.limits), "leaving": self.lending.leaving})
 
-    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    async def set_limits(self, changes: Mapping[str, Any]) -> LimitsStatus:
         await self.lending.change(changes)
         return self.limits()
 

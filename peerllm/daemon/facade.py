@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
+from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.engine.messages import Constraint, FinishReason
 from peerllm.logprobs import ENTRY_BYTES
 from peerllm.types import STORED, Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
@@ -175,11 +176,11 @@ class Household(Protocol):
         """Returns when the device can be used; until then only `status` and `changed` may be asked."""
         ...
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> HouseholdStatus:
         """What `peerllm status --json` prints, see docs/json.md."""
         ...
 
-    async def engine(self) -> dict[str, Any]:
+    async def engine(self) -> EngineStatus:
         """What this device's engine holds at this moment: stages with slots in use, bytes, measured step times."""
         ...
 
@@ -236,7 +237,7 @@ class Household(Protocol):
         """Delete such a name, or a model that was pulled; BadInputError says why that is not done."""
         ...
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         """What `run` would plan for now; nothing is reserved or loaded.
 
         "scenario" is the file of it, "most_chunk" the tokens of its largest prompt chunk, "rounded_layers" the layers
@@ -255,7 +256,7 @@ class Household(Protocol):
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
+    ) -> MeasuredSpeed:
         """Answers of a fixed length, begun at once or one after another, measured (daemon/status/serving_speed.py)."""
         ...
 
@@ -283,11 +284,11 @@ class Household(Protocol):
 
     async def leave(self) -> None: ...
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> LimitsStatus:
         """What the owner allows (decide/owner_limits.OwnerLimits), and "leaving": why nothing is lent now, or ""."""
         ...
 
-    async def set_limits(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+    async def set_limits(self, changes: Mapping[str, Any]) -> LimitsStatus:
         """Set some of them, for now and later starts; gives all. BadInputError names what is no limit."""
         ...
 

@@ -10,6 +10,7 @@ from peerllm.daemon.control_messages import (
     Answer,
     AnswerCopied,
     AnswerGrew,
+    Computing,
     Control,
     DeviceView,
     Have,
@@ -140,6 +141,8 @@ class HouseholdEvents:
             self._parts.coordinator.told(device, message.holdings)
             self._seen(device, message)
             self._parts.successor.told(device, message.deployments, message.obeyed)
+        elif isinstance(message, Computing):
+            self._parts.worker.computing(device, message)
         elif isinstance(message, AnswerCopied | AnswerGrew):
             self._parts.successor.hear(device, message)
 

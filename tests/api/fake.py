@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from peerllm.api.text.model_text import ModelText
+from peerllm.api.text.tokens.decoding_table import DecodingTable
 from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.owner_limits import OwnerLimits
 from peerllm.daemon.facade import (
@@ -72,6 +75,17 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     return tokenizer
+
+
+def as_told(tokenizer: Tokenizer) -> DecodingTable:
+    """By the process that has read it."""
+    with TemporaryDirectory() as directory:
+        tokenizer.save(f"{directory}/tokenizer.json")
+        text = ModelText(Path(directory))
+    facts, tokens = text.table(), list[str | None]()
+    while len(tokens) < facts["ids"]:
+        tokens += text.tokens(len(tokens))
+    return DecodingTable(facts, tokens)
 
 
 def make_model_dir(path: Path, template: str | None = TEMPLATE, generation: dict[str, Any] | None = None) -> Path:

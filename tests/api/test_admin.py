@@ -211,7 +211,7 @@ async def test_closing_the_api_ends_a_run_under_way(
 
 async def test_status_and_waiting_for_a_change(owner: aiohttp.ClientSession, household: FakeHousehold) -> None:
     async with owner.get("/peerllm/v1/status") as response:
-        assert await response.json() == household.status()
+        assert await response.json() == {**household.status(), "asking": []}
     waiting = asyncio.create_task(owner.get("/peerllm/v1/status?wait=1"))
     done, _ = await asyncio.wait({waiting}, timeout=0.1)
     assert not done
@@ -232,7 +232,7 @@ async def test_events(owner: aiohttp.ClientSession, household: FakeHousehold, mo
     async with owner.get("/peerllm/v1/events") as response:
         assert response.content_type == "text/event-stream"
         first = await response.content.readuntil(b"\n\n")
-        assert json.loads(first.removeprefix(b"data: ")) == household.status()
+        assert json.loads(first.removeprefix(b"data: ")) == {**household.status(), "asking": []}
         assert await response.content.readuntil(b"\n\n") == b": unchanged\n\n"
         household.deployments.clear()
         household.touch()

@@ -16,8 +16,10 @@ import pytest
 from peerllm.api.core import model_wait, own_answer
 from peerllm.api.server import ApiServer
 from peerllm.api.token import load_or_create_token
+from peerllm.daemon.facade import IDLE_MODEL
 from peerllm.errors import EngineError, OverloadedError
 from tests.api.fake import FakeHousehold
+from tests.api.relay_pair import Pair
 
 PATH = "/v1/messages"
 ASK: Any = {"model": "builtin", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
@@ -52,6 +54,21 @@ async def test_a_message_is_streamed(claude: anthropic.AsyncAnthropic, household
     assert text == household.reply == final.content[0].text  # type: ignore[union-attr]
     assert (final.stop_reason, final.usage.input_tokens) == ("end_turn", len(household.requests[0].prompt))
     assert final.usage.output_tokens == len(household.ids(household.reply)) + 1
+
+
+async def test_an_answer_in_a_form(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    await claude.messages.create(**ASK, output_config={"format": {"type": "json_schema", "schema": schema}})
+    (asked,) = household.requests
+    assert asked.constraint is not None and "on" in asked.constraint.grammar
+
+
+async def test_a_conversation_that_is_not_kept_is_sent_whole(claude: anthropic.AsyncAnthropic) -> None:
+    """The official client starts it anew by itself when it hears this code."""
+    await claude.messages.create(**ASK, extra_body={"thread": {"type": "create"}})
+    with pytest.raises(anthropic.NotFoundError, match="send all messages") as told:
+        await claude.messages.create(**ASK, extra_body={"thread": {"type": "continue", "previous_message_id": "msg_1"}})
+    assert told.value.body["error"]["details"] == {"error_code": "thread_not_found"}  # type: ignore[index]
 
 
 async def test_every_event_has_its_name_and_its_place(client: aiohttp.ClientSession) -> None:
@@ -122,7 +139,9 @@ async def test_errors_have_its_shape(
     for stream in (True, False):
         with pytest.raises(caught) as found:
             await claude.messages.create(**ASK, stream=stream)
-        assert found.value.body == {"type": "error", "error": {"type": kind, "message": str(error)}}
+        told = {"type": "error", "error": {"type": kind, "message": str(error)}}
+        assert found.value.body == {**told, "request_id": found.value.request_id}
+        assert found.value.request_id is not None
 
 
 async def test_an_error_midway_is_an_event(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
@@ -194,3 +213,53 @@ async def test_bad_input_is_one_line(
     assert (response.status, error["type"]) == (400, "invalid_request_error")
     assert word in error["message"] and "\n" not in error["message"]
     assert not household.requests
+
+
+async def test_tokens_are_counted_without_an_answer(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    asked = {"model": "builtin", "messages": ASK["messages"], "system": "be brief"}
+    count = await claude.messages.count_tokens(**asked)
+    assert not household.requests
+    assert count.input_tokens == (await claude.messages.create(**{**ASK, **asked})).usage.input_tokens
+    with pytest.raises(anthropic.NotFoundError, match="builtin"):
+        await claude.messages.count_tokens(**{**asked, "model": "claude-9"})
+    with pytest.raises(anthropic.BadRequestError, match="context"):
+        await claude.messages.count_tokens(**{**asked, "system": "x" * 400})
+
+
+async def test_tokens_are_counted_by_the_models_device(pair: Pair) -> None:
+    async with pair.session.post(PATH, json=ASK) as response:
+        wanted = (await response.json())["usage"]["input_tokens"]
+    async with pair.session.post(PATH + "/count_tokens", json={**ASK, "max_tokens": None}) as response:
+        assert await response.json() == {"input_tokens": wanted}
+    assert len(pair.laptop.requests) == 1
+
+
+async def test_its_client_lists_models(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    idle = replace(household.model, deployment="", name="small", state=IDLE_MODEL, created=0, context=0)
+    second = replace(household.model, name="large", created=household.model.created + 60)
+    household.served = [household.model, second, idle]
+    page = await claude.models.list()
+    assert (page.has_more, page.first_id, page.last_id) == (False, "builtin", "small")
+    first = page.data[0]
+    assert (first.id, first.type, first.display_name, first.lifecycle) == ("builtin", "model", "builtin", "active")
+    assert (int(first.created_at.timestamp()), first.max_input_tokens) == (household.model.created, 256)
+    assert page.data[2].max_input_tokens is None
+    names = [one.id for one in page.data]
+    assert [one.id async for one in await claude.models.list(limit=2)] == names == ["builtin", "large", "small"]
+    before = await claude.models.list(before_id="small", limit=1)
+    assert ([one.id for one in before.data], before.has_more) == (["large"], True)
+    assert [one.id for one in (await claude.models.list(after_id="builtin")).data] == ["large", "small"]
+    assert (await claude.models.retrieve("large")).id == "large"
+    with pytest.raises(anthropic.NotFoundError) as found:
+        await claude.models.retrieve("claude-9")
+    assert found.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+    for wrong in ({"limit": 0}, {"after_id": "claude-9"}):
+        with pytest.raises(anthropic.BadRequestError, match=next(iter(wrong))):
+            await claude.models.list(**wrong)  # type: ignore[arg-type]
+
+
+async def test_others_see_openais_list(client: aiohttp.ClientSession) -> None:
+    async with client.get("/v1/models") as response:
+        assert (await response.json())["object"] == "list"
+    async with client.get("/v1/models/claude-9") as response:
+        assert (await response.json())["error"]["code"] == "model_not_found"

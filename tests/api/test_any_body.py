@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+import orjson
 import pytest
 
 from peerllm.api.anthropic.anthropic_requests import AnthropicBody
@@ -15,9 +16,10 @@ from peerllm.api.core.remote_answer import RelayedGeneration
 from peerllm.api.ollama.ollama_requests import GenerateBody, OllamaChatBody
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_requests import CompletionBody
+from peerllm.api.openai.responses.response_requests import ResponseBody
 from peerllm.errors import BadInputError
 
-NEEDED = ("model", "messages", "prompt", "max_tokens", "generation", "client", "key")
+NEEDED = ("model", "messages", "prompt", "input", "max_tokens", "generation", "client", "key")
 BODIES = 1000  # of each kind
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
@@ -39,6 +41,15 @@ FULL: list[tuple[Any, dict[str, Any]]] = [
                      "messages": [{"role": "user", "content": [{"type": "text", "text": "t"}]}], "top_k": 5,
                      "tools": [{"name": "f", "input_schema": {}}], "thinking": {"type": "disabled"},
                      "metadata": {"user_id": "u"}}),
+    (ResponseBody, {**SAMPLING, "model": "m", "instructions": "s", "max_output_tokens": 5, "metadata": {"a": "b"},
+                    "input": [{"role": "user", "content": [{"type": "input_text", "text": "t"}]},
+                              {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                              {"type": "function_call_output", "call_id": "c", "output": "r"},
+                              {"type": "reasoning", "summary": []}],
+                    "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+                    "tool_choice": {"type": "allowed_tools", "tools": [{"name": "f"}]}, "store": False,
+                    "text": {"format": {"type": "json_schema", "name": "s", "schema": {"a": 1}}, "verbosity": "low"},
+                    "reasoning": {"effort": "low"}, "include": ["x"], "parallel_tool_calls": True}),
     (RelayedGeneration, {"generation": {"model": "m", "messages": [{"role": "user", "content": "t"}],
                                         "sampling": {"top_p": 0.5}, "stops": ["x"]},
                          "client": "c", "key": "k", "had": 3}),
@@ -80,6 +91,8 @@ def test_it_is_taken_or_refused(kind: Any, full: dict[str, Any]) -> None:
             for name in ("generation", "generations"):
                 if callable(ask := getattr(made, name, None)):
                     ask()
+            if isinstance(made, ResponseBody):
+                orjson.dumps([made.told(), [one.told() for one in made.items()]])
             taken += 1
         except BadInputError as error:
             lines.append(str(error))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer
 
 from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
@@ -22,6 +22,7 @@ from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.chat_templates import MARKS, Marks
+from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from tests.api.fake import END, byte_tokenizer
 from tests.sizes import FULL
 
@@ -60,7 +61,7 @@ def tokenizer(marks: frozenset[str], special: bool | None) -> Tokenizer:
 
 @cache
 def known(marks: frozenset[str], special: bool | None) -> Any:
-    return LLTokenizer(tokenizer(marks, special).to_str(), eos_token=[EOS_ID])
+    return mask_tokenizer(tokenizer(marks, special).to_str().encode(), [EOS_ID])
 
 
 class Walk:
@@ -223,3 +224,20 @@ def test_a_text_has_its_form_where_there_is_no_call(form: str, special: bool | N
             else:
                 Draft202012Validator(FORM).validate(json.loads(said))
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize(("form", "special"), [("tagged objects", True), ("tagged objects", None), ("mistral", True)])
+def test_calls_behind_the_first_are_kept_too(form: str, special: bool | None) -> None:
+    made, begin = grammar(form, special), opening(form)
+    call = Walk(grammar(form, special, needed=True, several=False), marked(form), special, 1).text()
+    for text, right in ((f"A {call} B {call} C", True), (f"A {call} B {begin}x", False), (f"A {begin}x", False)):
+        ids = tokenizer(marked(form), special).encode(text).ids
+        matcher = LLMatcher(known(marked(form), special), made, log_level=0)
+        assert (matcher.try_consume_tokens(ids) == len(ids)) == right, text
+
+
+def test_where_answers_have_channels_one_is_for_thoughts() -> None:
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    for answer, kept in ((None, {"needed": True}), ({"kind": "schema", "schema": FORM}, {})):
+        made = grammar("harmony", True, answer, **kept)
+        assert Walk(made, marked("harmony"), True, 1).text(f"{thought}<|channel|>").startswith(thought)

@@ -17,8 +17,10 @@ from peerllm.api.core import asking, model_wait, remote_answer, telling
 from peerllm.api.core.kept import answer_store
 from peerllm.api.keys import ANSWERS
 from peerllm.api.server import ApiServer
+from peerllm.daemon.decide.fair_queue import MAX_QUEUED
 from peerllm.daemon.facade import InheritedAnswer, RelayedAnswer
 from peerllm.errors import EngineError, OverloadedError
+from peerllm.transport.tls.tls_server import MAX_REQUESTS_PER_DEVICE
 from tests.api.fake import BOUND_S
 from tests.api.relay_pair import ASK, LAPTOP, MINI, PATH, Pair
 
@@ -336,6 +338,19 @@ async def test_one_device_cannot_take_all_streams(pair: Pair, monkeypatch: pytes
     assert (await first).status == 200
     async with pair.session.post(PATH, json=ASK) as response:
         assert response.status == 200
+
+
+async def test_two_hundred_at_once_are_within_every_bound(pair: Pair) -> None:
+    pair.laptop.gate = asyncio.Event()
+    async with aiohttp.ClientSession(pair.here, connector=aiohttp.TCPConnector(limit=0)) as session:
+        asked = [asyncio.create_task(session.post(PATH, json=ASK)) for _ in range(200)]
+        async with asyncio.timeout(6 * BOUND_S):
+            while len(pair.laptop.requests) < len(asked):
+                pair.laptop.asked.clear()
+                await pair.laptop.asked.wait()
+        pair.laptop.gate.set()
+        assert [(await one).status for one in asked] == [200] * 200
+    assert MAX_REQUESTS_PER_DEVICE > peer_api.MAX_OF_DEVICE >= MAX_QUEUED // 2 >= 200
 
 
 async def test_large_bodies_of_one_device_are_bounded_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

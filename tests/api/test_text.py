@@ -21,8 +21,9 @@ from peerllm.api.text.model_text import ModelText
 from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.stops import StopScanner
 from peerllm.api.text.template import ChatTemplate
+from peerllm.api.text.tokens.decoding_table import MAX_IDS
 from peerllm.errors import BadInputError, ModelError
-from tests.api.fake import CONTEXT, byte_tokenizer, make_model_dir
+from tests.api.fake import CONTEXT, as_told, byte_tokenizer, make_model_dir
 from tests.sizes import examples
 
 HI = [{"role": "user", "content": "hi"}]
@@ -68,6 +69,9 @@ TOKENIZERS = {
     "wordpiece": wordpiece_tokenizer(),
     "plain": plain_tokenizer(),
 }
+
+
+TABLES = {kind: as_told(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 EMOJI_BYTES = [8 + byte for byte in "🏡é".encode()]  # as ids of the byte fallback tokenizer
 
 
@@ -81,7 +85,10 @@ def test_pieces_joined_are_the_whole(kind: str, data: st.DataObject) -> None:
     if kind == "byte fallback":
         one = st.sampled_from([*range(9), *EMOJI_BYTES, 0xFF + 8])
     ids = data.draw(st.lists(one, max_size=30))
-    detokenizer = Detokenizer(tokenizer, special_ids(tokenizer))
+    table = TABLES[kind]
+    assert table.vocabulary == size and special_ids(table) == special_ids(tokenizer)
+    assert table.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
+    detokenizer = Detokenizer(table, special_ids(table))
     text, at = "", 0
     while at < len(ids):
         count = data.draw(st.integers(1, 3))
@@ -320,3 +327,13 @@ def test_what_follows_a_stop_string_does_not_count() -> None:
         for start in range(0, len(ids), step):
             text += text_in(answer.feed(ids[start : start + step], None))
         assert (text, answer.finish, answer.ids) == ("one ", "stop", ids[:7])
+
+
+def test_ids_without_end_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel(vocab={"a": 0, "b": MAX_IDS}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ModelError, match="id"):
+        ModelText(tmp_path).table()
+    gaps = as_told(Tokenizer(models.WordLevel(vocab={"a": 0, "b": 40_000}, unk_token="a")))
+    assert [gaps.id_to_token(one) for one in (-1, 0, 1, 40_000, 40_001)] == [None, "a", None, "b", None]
+    assert (gaps.vocabulary, gaps.decode([40_000, 7, 0])) == (2, "b a")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from peerllm.api.text import text_store
 from peerllm.api.text.text_store import AnswerText, TextStore
+from peerllm.api.text.tokens import decoding_table
+from peerllm.api.text.tokens.decoding_table import SLICE, facts_of, tokens_from
 from peerllm.errors import OverloadedError
-from tests.api.fake import BOUND_S, byte_tokenizer
+from tests.api.fake import BOUND_S, byte_tokenizer, make_model_dir
 
-TOLD = {"decoder": byte_tokenizer().to_str(), "defaults": {}}
+TOLD = {"table": facts_of(byte_tokenizer(), byte_tokenizer().to_str()), "defaults": {}}
 
 
 class Work:
@@ -30,6 +34,8 @@ class Work:
         assert self.gate.wait(BOUND_S)
         if "prompt" in question:
             return {"ids": [1]}
+        if "tokens" in question:
+            return {"tokens": tokens_from(byte_tokenizer(), question["tokens"])}
         self.read.append(question["model_dir"])
         return TOLD
 
@@ -74,3 +80,39 @@ async def test_prompts_prepared_at_once_are_bounded_and_make_room(
     work.gate.set()
     assert await asyncio.wait_for(asyncio.gather(*waiting), BOUND_S) == [[1]] * 3
     assert await store.prompt(text, [], 8) == [1]
+
+
+async def test_a_large_vocabulary_is_read_elsewhere_and_comes_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it all at once would keep everything in this process standing for tenths of a second."""
+    made = make_model_dir(tmp_path / "large")
+    tokenizer = json.loads((made / "tokenizer.json").read_text())
+    alphabet = len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"] |= {f"token {n}": alphabet + 1 + n for n in range(3 * SLICE)}
+    (made / "tokenizer.json").write_text(json.dumps(tokenizer))
+    read, told = [], []
+
+    class Seen:
+        @staticmethod
+        def from_str(text: str) -> Tokenizer:
+            read.append(len(text))
+            return Tokenizer.from_str(text)
+
+    monkeypatch.setattr(decoding_table, "Tokenizer", Seen)
+    store = TextStore()
+    asked = store._small.ask
+
+    async def noted(question: dict[str, Any]) -> dict[str, Any]:
+        answer = await asked(question)
+        told.append(len(json.dumps(answer)))
+        return answer
+
+    monkeypatch.setattr(store._small, "ask", noted)
+    try:
+        text = await store.model("large", made)
+    finally:
+        await store.close()
+    assert text.decoder.id_to_token(alphabet + 1 + 2 * SLICE) == f"token {2 * SLICE}"
+    assert len(read) == 1 and read[0] < 4096
+    assert len(told) == 5 and max(told) < 64 * SLICE

@@ -154,7 +154,7 @@ def test_a_device_is_put_out(peerllm: Run, device: Served) -> None:
 
 def test_status_as_json_is_the_status(peerllm: Run, device: Served) -> None:
     code, out, _ = peerllm("status", "--json")
-    assert (code, json.loads(out)) == (0, device.household.status())
+    assert (code, json.loads(out)) == (0, {**device.household.status(), "asking": []})
     assert json.loads(peerllm("devices", "--json")[1]) == device.household.devices
 
 
@@ -177,7 +177,8 @@ def test_status_says_that_a_device_starts(peerllm: Run, device: Served) -> None:
     assert "laptop (this one)  starting  " in out
     assert "laptop: is measuring how fast this machine computes\n" in out
     assert "0 B" not in out and "No model is served" not in out
-    assert starting.keys() == json.loads(peerllm("status", "--json")[1]).keys() | {"links", "network"}
+    told = json.loads(peerllm("status", "--json")[1])
+    assert starting.keys() | {"asking"} == told.keys() | {"links", "network"}
 
 
 def test_status_tells_memory_lent_and_used_and_the_context(peerllm: Run, device: Served) -> None:
@@ -371,9 +372,26 @@ def test_chat_as_json(peerllm: Run, device: Served) -> None:
 
 def test_chat_that_breaks_off_fails(peerllm: Run, device: Served) -> None:
     device.household.error_midway = EngineError("the engine on jetson died")
-    assert peerllm("chat", "hi") == (1, "Hell\n", "peerllm: the engine on jetson died\n")
+    code, out, err = peerllm("chat", "hi")
+    assert (code, out) == (1, "Hell\n")
+    assert re.fullmatch(r"peerllm: the engine on jetson died \(request req_[0-9a-f]{12}\)\n", err)
     device.household.error_midway, device.household.error_at_once = None, OverloadedError("the queue is full")
     assert peerllm("chat", "hi") == (1, "\n", "peerllm: the queue is full\n")
+
+
+def test_tokens_of_persons(peerllm: Run, device: Served) -> None:
+    code, out, _ = peerllm("token", "add", "anna")
+    given = out.split()[-1]
+    assert code == 0 and "anna" in out and len(given) > 30
+    assert given not in (device.data / "persons.json").read_text()
+    assert "anna" in peerllm("token", "list")[1] and given not in peerllm("token", "list")[1]
+    code, _, err = peerllm("token", "add", "ANNA")
+    assert (code, "peerllm token revoke ANNA" in err, "request" in err) == (1, True, False)
+    assert peerllm("token", "add", "a/b")[0] == 1
+    assert peerllm("token", "add")[0] == peerllm("token", "list", "anna")[0] == 2
+    assert peerllm("token", "revoke", "Anna")[0] == 0
+    assert "Nobody" in peerllm("token", "list")[1]
+    assert peerllm("token", "revoke", "anna")[0] == 1
 
 
 def test_chat_without_a_model_says_what_to_do(peerllm: Run, device: Served) -> None:

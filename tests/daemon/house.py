@@ -242,6 +242,7 @@ class Device:
     online: bool = True
     machine: str = ""
     told: list = field(default_factory=list)
+    computing: list = field(default_factory=list)
     switched: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -338,6 +339,9 @@ class Device:
     def tell_engine(self, message):
         self.told.append(message)
         self.house.changed()
+
+    def tell_device(self, device, message):
+        self.computing.append((device, message))
 
     def switch(self, deployment, epoch):
         self.switched.append(epoch)

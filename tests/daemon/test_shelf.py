@@ -121,6 +121,13 @@ async def test_what_is_not_deleted(hub, shelf, tmp_path):
     assert (place / "model.safetensors").exists() and (own / "model.safetensors").exists()
 
 
+async def test_a_model_is_listed_by_the_name_that_it_has_when_it_runs(hub, shelf):
+    for model in ("owner/one", "owner/two", "other/One"):
+        put(hub.cache, model)
+    await shelf.disk.refresh()
+    assert listed(shelf) - {"builtin", "smollm2"} in ({"one", "two", "other/One"}, {"One", "two", "owner/one"})
+
+
 @pytest.mark.parametrize("name", ["/etc", "~/x", "../x", "a b", "no/such/thing/at/all", "", "."])
 async def test_what_is_no_model_is_not_fetched(hub, shelf, name):
     with pytest.raises(NotFoundError):

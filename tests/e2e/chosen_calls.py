@@ -68,16 +68,16 @@ async def anthropic_calls(url: str, model: str, tools: dict[str, Any], seed: int
 
 
 async def ollama_calls(url: str, model: str, tools: dict[str, Any], seed: int) -> tuple[Sequence[Call], bool]:
-    """This API knows no choice: either there is a call or the text has its form, which is the last tool's schema."""
+    """This API knows no choice: either there are calls, or the text has its form, which is the last tool's schema."""
     form = list(tools.values())[-1]
     given: Any = [{"type": "function", "function": {"name": name, "parameters": one}} for name, one in tools.items()]
-    options = {"temperature": 1.0, "seed": seed, "num_predict": MOST_TOKENS}
+    options = {"temperature": 1.0, "seed": seed, "num_predict": 2 * MOST_TOKENS}
     client = ollama.AsyncClient(url)
     answer = await client.chat(model, MESSAGES, tools=given, format=form, options=options)
     calls = [(one.function.name, dict(one.function.arguments)) for one in answer.message.tool_calls or ()]
     if not calls:
         Draft202012Validator(form).validate(json.loads(answer.message.content or ""))
-    return [], answer.done_reason == "stop"
+    return calls, answer.done_reason == "stop"
 
 
 async def wrong_call(url: str, model: str, seed: int) -> str:

@@ -49,7 +49,7 @@ def schema(chance: random.Random, depth: int = 2) -> dict[str, Any]:
 
 async def openai_says(device: Device, wanted: dict[str, Any], seed: int) -> tuple[str, str | None]:
     form: Any = {"type": "json_schema", "json_schema": {"name": "it", "schema": wanted, "strict": True}}
-    async with openai.AsyncOpenAI(base_url=f"{device.url}/v1", api_key="any") as client:
+    async with openai.AsyncOpenAI(base_url=f"{device.url}/v1", api_key=device.token()) as client:
         answer = await client.chat.completions.create(
             model="builtin", messages=MESSAGES, temperature=1, seed=seed, max_tokens=800, response_format=form
         )
@@ -58,7 +58,8 @@ async def openai_says(device: Device, wanted: dict[str, Any], seed: int) -> tupl
 
 async def ollama_says(device: Device, wanted: dict[str, Any], seed: int) -> tuple[str, str | None]:
     options = {"temperature": 1.0, "seed": seed, "num_predict": 800}
-    answer = await ollama.AsyncClient(device.url).chat("builtin", MESSAGES, format=wanted, options=options)
+    client = ollama.AsyncClient(device.url, headers={"Authorization": f"Bearer {device.token()}"})
+    answer = await client.chat("builtin", MESSAGES, format=wanted, options=options)
     return answer.message.content or "", answer.done_reason
 
 

@@ -1,4 +1,4 @@
-"""The official client streams an answer from three devices; killing the client cancels the sequence on every device."""
+"""An answer that three devices compute is traced; killing its client cancels the sequence on every device."""
 
 from __future__ import annotations
 
@@ -26,16 +26,6 @@ def talk(device: Device, tokens: int) -> subprocess.Popen[str]:
 
 def slots_in_use(devices: list[Device]) -> list[int]:
     return [device.slots_in_use() for device in devices]
-
-
-def test_the_official_client_streams(demo: list[Device]) -> None:
-    with talk(demo[0], 60) as talker:
-        said, _ = talker.communicate(timeout=120)
-    lines = said.splitlines()
-    assert talker.returncode == 0
-    assert len(lines) > 10, lines  # piece by piece, not at once
-    assert lines[-1].startswith("usage ")
-    assert slots_in_use(demo) == [0, 0, 0]
 
 
 def test_an_answer_is_traced(demo: list[Device], tmp_path: Path) -> None:

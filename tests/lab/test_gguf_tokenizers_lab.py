@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
 from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.gguf.tokenizer_files import tokenizer_files
+from tests.api.fake import as_told
 from tests.lab.real_gguf import FILES, real_gguf
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
@@ -78,7 +78,7 @@ def test_answers_come_back_as_text() -> None:
     """Piece by piece, as they are streamed."""
     for name in FILES:
         ours, _ = both(name)
-        decoder = Tokenizer.from_buffer(ours.decoder)
+        decoder = as_told(ours._tokenizer)
         for text in texts(100):
             plain = text.replace("<|im_end|>", "").replace("<end_of_turn>", "")
             detokenizer = Detokenizer(decoder, special_ids(decoder))

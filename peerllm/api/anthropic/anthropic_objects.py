@@ -43,6 +43,27 @@ class AnthropicAnswer(MessageHead, MessageStop):
     usage: MessageUsage
 
 
+class AnthropicCount(TypedDict):
+    input_tokens: int
+
+
+class AnthropicModel(TypedDict):
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+    max_tokens: int | None
+
+
+class AnthropicModels(TypedDict):
+    data: list[AnthropicModel]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
 class MessageStart(TypedDict):
     type: Literal["message_start"]
     message: AnthropicAnswer

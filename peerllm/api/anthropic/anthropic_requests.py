@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
     MAX_NAME_CHARS,
     MAX_STOPS,
     MAX_TOOLS,
+    AnswerForm,
     CalledTool,
     ChatMessage,
     Generation,
@@ -114,22 +116,47 @@ class AnthropicChoice(Struct):
         return self.name if self.type == "tool" else "required" if self.type == "any" else self.type
 
 
-class AnthropicBody(Struct, kw_only=True):
+class OutputForm(Struct):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct):
+    format: OutputForm | None = None
+
+
+class UnknownThreadError(FieldError):
+    """A client that hears this sends the whole conversation."""
+
+    http_status = 404
+
+
+class ThreadBody(Struct):
+    """Of a conversation that Anthropic keeps: the first turn is as any, later ones are not known here."""
+
+    type: str
+
+    def check(self) -> None:
+        if self.type == "continue":
+            what = "thread: conversations are not kept here; send all messages"
+            raise UnknownThreadError(what, "thread", "thread_not_found")
+
+
+class AnthropicPrompt(Struct, kw_only=True):
+    """All that the model reads: what /v1/messages/count_tokens counts."""
+
     model: Name
-    max_tokens: TokenCount
     messages: Annotated[list[AnthropicMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     system: Content | None = None
-    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    metadata: RequestMetadata | None = None
     tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingBody | None = None
+    output_config: OutputConfig | None = None
+    thread: ThreadBody | None = None
 
     def generation(self) -> Generation:
+        if self.thread is not None:
+            self.thread.check()
         if self.messages[-1].role == "assistant":
             raise FieldError(
                 "messages must end with one of the user: an answer cannot be begun for the model", "messages"
@@ -140,19 +167,36 @@ class AnthropicBody(Struct, kw_only=True):
             messages += one.messages(f"messages[{index}].content")
         tools = (one.tool(f"tools[{index}]") for index, one in enumerate(self.tools or ()))
         choice = self.tool_choice
+        form = self.output_config.format if self.output_config is not None else None
         wanted = Generation(
             model=self.model,
             messages=tuple(messages),
-            max_tokens=self.max_tokens,
-            stops=tuple(self.stop_sequences or ()),
-            sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
             tools=tuple(tools),
             tool_choice=choice.choice() if choice is not None else "",
             parallel_calls=choice is None or not choice.disable_parallel_tool_use,
             reasoning=self.thinking is not None and self.thinking.type != "disabled",
+            answer_form=AnswerForm("schema", form.schema) if form is not None else None,
+        )
+        return checked(wanted, {"answer_form": "output_config.format"})
+
+
+class AnthropicBody(AnthropicPrompt, kw_only=True):
+    max_tokens: TokenCount
+    stop_sequences: Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    metadata: RequestMetadata | None = None
+
+    def generation(self) -> Generation:
+        return replace(
+            super().generation(),
+            max_tokens=self.max_tokens,
+            stops=tuple(self.stop_sequences or ()),
+            sampling=SamplingOptions(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
             user=(self.metadata.user_id or "") if self.metadata is not None else "",
         )
-        return checked(wanted, {})
 
 
 def text_of_blocks(content: Content, where: str) -> str:

@@ -32,12 +32,17 @@ class AnswerWaits(Struct, frozen=True, tag="waits"):
 
 
 class AnswerBegins(Struct, frozen=True, tag="begins"):
-    """The first token is there. All that is told of one answer has its id and its time (Unix seconds)."""
+    """The first token is there. All that is told of one answer has its id and its time (Unix seconds).
+
+    `temperature` and `top_p` are those that it is drawn with.
+    """
 
     id: str
     created: int
     model: str
     prompt_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 class TextDelta(Struct, frozen=True, omit_defaults=True, tag="text"):

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 
+import msgspec
 from aiohttp import web
 
 from peerllm.api.core.answer_events import AnswerEnds, AnswerEvent, AnswerWaits, Usage
@@ -17,13 +18,13 @@ from peerllm.api.core.kept.answer_store import NotKeptError
 from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, fleeting
 from peerllm.api.core.model_wait import awaited_model
 from peerllm.api.core.named_models import find_model
-from peerllm.api.core.own_answer import begun_answer, told
+from peerllm.api.core.own_answer import begun_answer, counted, told
 from peerllm.api.core.own_embedding import embedding
 from peerllm.api.core.remote_answer import RemoteAnswer
 from peerllm.api.error_answers import UnknownModelError
-from peerllm.api.keys import ANSWERS, HOUSEHOLD
+from peerllm.api.keys import ACCOUNTS, ANSWERS, HOUSEHOLD
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
-from peerllm.errors import LinkError, UnavailableError
+from peerllm.errors import EngineError, LinkError, UnavailableError
 from peerllm.types import DeviceId
 
 RESUME_S = 60.0  # seconds in which an answer with a key is sought again after the device that gave it was lost
@@ -31,7 +32,14 @@ SOUGHT_S = 15.0  # the same of one without a key of which nothing has come: long
 RETRY_S = 0.5  # seconds between two tries
 
 
-async def answer(
+def answer(
+    app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
+) -> AsyncGenerator[AnswerEvent]:
+    """By this device or by the model's source, counted for whoever asks; closing it cancels the sequence everywhere."""
+    return app[ACCOUNTS].counted(caller, _answer(app, wanted, caller, repeat))
+
+
+async def _answer(
     app: web.Application, wanted: Generation, caller: Caller, repeat: Repeat | None
 ) -> AsyncGenerator[AnswerEvent]:
     """By this device or by the model's source; when that is lost, who goes on is sought, and asked for the rest.
@@ -80,6 +88,9 @@ async def _sought(
                 await app[HOUSEHOLD].keep(model.deployment, wanted.keep_alive_s)
                 yield AnswerEnds("load", Usage(0, 0))
                 return
+            if wanted.counts and not model.source:
+                yield await counted(app, wanted, model, caller)
+                return
             if wanted.embeds and not model.source:
                 async with aclosing(embedding(app, wanted, model, caller)) as events:
                     async for event in events:
@@ -115,6 +126,15 @@ async def _sought(
                     asked.note(event)
                     yield event
         return
+
+
+async def prompt_tokens(app: web.Application, wanted: Generation, caller: Caller) -> int:
+    """Of its prompt, as the model's own device counts them; a model that does not run is started for that."""
+    async with aclosing(answer(app, msgspec.structs.replace(wanted, counts=True), caller, None)) as events:
+        async for event in events:
+            if isinstance(event, AnswerEnds):
+                return event.usage.prompt_tokens
+    raise EngineError("the tokens were not counted; ask again")
 
 
 def _moved(app: web.Application, model: str, *sources: DeviceId) -> bool:

@@ -130,6 +130,7 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     logprobs: TopLogprobs | None = None  # of each token of what is said, and of so many that were likeliest there
     keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
     embeds: bool = False  # not an answer is wanted but the vector of `prompt`
+    counts: bool = False  # only the prompt's tokens are to be counted
     truncates: bool = False  # of a prompt that is longer than the context the beginning will do
     load_only: bool = False  # nothing is asked: the model is to be loaded, or, kept for 0 s, unloaded
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] = ""

@@ -7,6 +7,7 @@ from aiohttp import web
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import EXPECTED, HOUSEHOLD
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
+from peerllm.types import DeviceId
 
 _GONE = ("failed", "stopped")  # states of deployments that clients need not see
 ANY_TAG = ":latest"  # that Ollama's clients put behind names
@@ -43,6 +44,12 @@ def find_model(app: web.Application, name: str, only_here: bool = False) -> Serv
     served = dict.fromkeys(model.name for model in models if model.state not in (*_GONE, IDLE_MODEL))
     there = f"the household serves: {', '.join(served)}" if served else "start one with: peerllm run MODEL"
     raise UnknownModelError(f"no model {name[:200]!r} here; {there}", "model", "model_not_found")
+
+
+def device_name(app: web.Application, device: DeviceId) -> str:
+    """What the household calls a device."""
+    known = (one["name"] for one in app[HOUSEHOLD].status()["devices"] if one["id"] == device)
+    return next(known, device[:8])
 
 
 def nothing_served(app: web.Application) -> bool:

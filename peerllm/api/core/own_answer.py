@@ -36,23 +36,19 @@ async def begun_answer(
     app: web.Application, wanted: Generation, model: ServedModel, caller: Caller, repeat: Repeat
 ) -> BegunAnswer:
     """Encodes the prompt and asks the model, which serves here."""
-    assert model.model_dir is not None
-    text = await app[TEXTS].model(model.deployment, model.model_dir)
-    if wanted.tools and not text.chats:
-        raise FieldError(f"{model.name!r} does not support tools", "tools", "unsupported_parameter")
-    if wanted.reasoning and not text.thinks:
-        raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
-    prompt = await _prompt(app, text, wanted, model.context, caller.asker)
+    text, prompt = await _encoded(app, wanted, model, caller)
     calls, grammar = wanted.calls(), ""
     if wanted.answer_form is not None or calls.keep:
         grammar = await app[TEXTS].grammar(text, wanted.answer_form, calls, text.opened(prompt))
     room = model.context - len(prompt)
-    begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt))
+    sampling = _sampling(wanted.sampling, text.defaults)
+    drawn = sampling.temperature, sampling.top_p
+    begins = AnswerBegins(secrets.token_hex(12), int(time.time()), model.name, len(prompt), *drawn)
     request = GenerateRequest(
         deployment=model.deployment,
         prompt=prompt,
         max_tokens=min(wanted.max_tokens or room, room),
-        sampling=_sampling(wanted.sampling, text.defaults),
+        sampling=sampling,
         client=caller.group(wanted.user),
         keep_alive_s=wanted.keep_alive_s,
         kept=kept_of(repeat, caller.payer(wanted.user), begins, wanted, grammar),
@@ -64,6 +60,24 @@ async def begun_answer(
     told_ids = prompt if wanted.tells_ids else None
     asked = wanted.logprobs is not None
     return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked, told_ids)
+
+
+async def counted(app: web.Application, wanted: Generation, model: ServedModel, caller: Caller) -> AnswerEnds:
+    """The prompt's tokens; nothing is computed."""
+    _, prompt = await _encoded(app, wanted, model, caller)
+    return AnswerEnds("stop", Usage(len(prompt), 0))
+
+
+async def _encoded(
+    app: web.Application, wanted: Generation, model: ServedModel, caller: Caller
+) -> tuple[AnswerText, list[int]]:
+    assert model.model_dir is not None
+    text = await app[TEXTS].model(model.deployment, model.model_dir)
+    if wanted.tools and not text.chats:
+        raise FieldError(f"{model.name!r} does not support tools", "tools", "unsupported_parameter")
+    if wanted.reasoning and not text.thinks:
+        raise FieldError(f"{model.name!r} does not support thinking", "reasoning", "unsupported_parameter")
+    return text, await _prompt(app, text, wanted, model.context, caller.asker)
 
 
 async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, context: int, asker: str) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from peerllm import request_ids
 from peerllm.api.core.answer_events import (
     TOLD,
     AnswerEnds,
@@ -18,7 +21,7 @@ from peerllm.api.core.answer_events import (
     AnswerFails,
     AnswerWaits,
 )
-from peerllm.api.core.caller import MAX_CLIENT_CHARS, Caller
+from peerllm.api.core.caller import MAX_CLIENT_CHARS, MAX_PERSON_CHARS, Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavingError, Repeat
 from peerllm.api.error_answers import ErrorFacts, RelayedError
@@ -44,6 +47,7 @@ class RelayedGeneration(Struct, frozen=True, omit_defaults=True):
     had: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] | None = None
     fleeting: bool = False
     beyond: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] = 0
+    person: Annotated[str, Meta(max_length=MAX_PERSON_CHARS)] = ""
 
 
 @dataclass(slots=True)
@@ -62,8 +66,9 @@ class RemoteAnswer:
         LinkError if the source is lost, or does not answer for it any more.
         """
         repeat, client = self.repeat, self.caller.client[:MAX_CLIENT_CHARS]
-        asked = RelayedGeneration(wanted, client, repeat.key, repeat.had, repeat.fleeting, repeat.beyond)
-        headers, body = {"Content-Type": _JSON}, msgspec.json.encode(asked)
+        how = repeat.key, repeat.had, repeat.fleeting, repeat.beyond, self.caller.person
+        body = msgspec.json.encode(RelayedGeneration(wanted, client, *how))
+        headers = {"Content-Type": _JSON, request_ids.HEADER: request_ids.current()}
         async with self.household.relay(self.model.source, ANSWER_PATH, headers, body) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             if kind == _JSON and not 200 <= answer.status < 300:
@@ -78,6 +83,9 @@ class RemoteAnswer:
                         continue
                     yield event
                     if isinstance(event, AnswerEnds):
+                        with contextlib.suppress(LinkError, TimeoutError):  # read to its end the connection is kept
+                            async with asyncio.timeout(SILENCE_S):
+                                await anext(lines, None)
                         return
         raise LinkError("its device broke it off")
 

@@ -27,9 +27,9 @@ from peerllm.api.core.caller import caller_of
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.repeat import DeviceLeavingError, Repeat, repeat_of
 from peerllm.api.core.several_answers import merged
-from peerllm.api.error_answers import FieldError, facts_of, json_response, shape_of
+from peerllm.api.error_answers import FieldError, facts_of, failing_as, json_response, shape_of
 from peerllm.api.keys import TASKS
-from peerllm.api.streams import Stream
+from peerllm.api.streams import Failing, Stream
 from peerllm.api.text.calls.answer_parts import ToldToken
 from peerllm.errors import EngineError
 
@@ -67,6 +67,7 @@ class WholeAnswer:
     calls: list[WholeCall]
     ids: list[int]
     logprobs: list[ToldToken]
+    thought_tokens: int
 
 
 class ToldForm(Protocol):
@@ -93,8 +94,13 @@ def taking(request: web.Request) -> AbstractContextManager[None]:
     return request.app[TASKS].stream(caller_of(request).asker, most_bytes(request))
 
 
-async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldForm, stream: bool) -> web.StreamResponse:
-    """Within `taking`. Errors before the first sign of life have their own status; after it they end the stream."""
+async def tell(
+    request: web.Request, wanted: Sequence[Generation], form: ToldForm, stream: bool, failing: Failing | None = None
+) -> web.StreamResponse:
+    """Within `taking`. Errors before the first sign of life have their own status; after it they end the stream.
+
+    `failing`: what it ends with then, if not with the shape that errors of this route have.
+    """
     repeats = [repeat_of(request, one) for one in wanted]
     if len(wanted) > 1:
         for index, repeat in enumerate(repeats):
@@ -103,7 +109,7 @@ async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldFor
             if repeat is not None:
                 repeat.key = f"{repeat.key}#{index}"
     caller = caller_of(request)
-    told = Stream(request, form.content_type, shape_of(request), form.named) if stream else None
+    told = Stream(request, form.content_type, failing or failing_as(shape_of(request)), form.named) if stream else None
     asked = [
         answer(request.app, one, caller, replace(repeat) if repeat is not None else None)
         for one, repeat in zip(wanted, repeats, strict=True)
@@ -119,9 +125,9 @@ async def tell(request: web.Request, wanted: Sequence[Generation], form: ToldFor
                         continue
                     begun.add(choice)
                 for body, event_id in form.pieces(choice, event, repeats[choice]):
-                    await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
+                    await told.send(body, event_id)
             for body, event_id in form.closing():
-                await (told.write(body) if isinstance(body, bytes) else told.send(body, event_id))
+                await told.send(body, event_id)
     return await told.end()
 
 
@@ -132,10 +138,7 @@ async def ending_well(app: web.Application, stream: Stream) -> AsyncGenerator[No
         yield
     except asyncio.CancelledError:
         if stream.started and app[TASKS].closing:
-            facts = facts_of(DeviceLeavingError("the answer broke off: this device is shutting down"))
-            with contextlib.suppress(ConnectionError):
-                await stream.send(stream.failing(facts))
-                await stream.end()
+            await stream.fail(facts_of(DeviceLeavingError("the answer broke off: this device is shutting down")))
         raise
 
 
@@ -145,6 +148,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     thoughts: list[list[str]] = [[] for _ in range(count)]
     calls: list[list[WholeCall]] = [[] for _ in range(count)]
     ids: list[list[int]] = [[] for _ in range(count)]
+    thinking = [0] * count  # tokens
     logprobs: list[list[ToldToken]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
@@ -153,6 +157,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
                 begins.setdefault(choice, event)
             case TextDelta():
                 (thoughts if event.thought else texts)[choice].append(event.text)
+                thinking[choice] += len(event.ids) if event.thought else 0
                 ids[choice] += event.ids
                 logprobs[choice] += event.logprobs
                 size += len(event.text) + sum(_TOLD_CHARS * (1 + len(one.likeliest)) for one in event.logprobs)
@@ -174,5 +179,6 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     parts = zip(thoughts, texts, strict=True)
     whole = [("".join(thought), "".join(text)) for thought, text in parts]
     return [
-        WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one], logprobs[one]) for one in range(count)
+        WholeAnswer(begins[one], ends[one], *whole[one], calls[one], ids[one], logprobs[one], thinking[one])
+        for one in range(count)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.api.text.text_store import AnswerText
 from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade_objects import DeploymentStatus, DeviceStatus, StageStatus
 from peerllm.regular_files import read_regular
 
 CPU = "cpu"  # the place of a device without an accelerator
@@ -56,20 +58,15 @@ def running(app: web.Application) -> LoadedModels:
             {
                 **_entry(model, facts),
                 "expires_at": stamp(model.expires) if model.expires else NEVER,
-                "size_vram": sum(
-                    one["memory_bytes"]
-                    for one in facts.get(model.deployment, {}).get("plan", {}).get("stages", ())
-                    if one["device"] in accelerated
-                ),
+                "size_vram": sum(one["memory_bytes"] for one in _stages(model, facts) if one["device"] in accelerated),
             }
             for model in reversed(serving.values())
         ]
     }
 
 
-def _accelerated(device: dict[str, Any]) -> bool:
-    place: str = device.get("compute", {}).get("place", CPU)
-    return place != CPU
+def _accelerated(device: DeviceStatus) -> bool:
+    return device["compute"].get("place", CPU) != CPU
 
 
 async def shown(app: web.Application, name: str) -> ShownModel:
@@ -112,15 +109,14 @@ def _license(directory: Path) -> str:
     return ""
 
 
-def _entry(model: ServedModel, facts: dict[str, dict[str, Any]]) -> OllamaModel:
-    name = model.name if ":" in model.name else model.name + ANY_TAG
-    told, about = facts.get(model.deployment, {}), model.details
+def _entry(model: ServedModel, facts: Mapping[str, DeploymentStatus]) -> OllamaModel:
+    name, about = model.name if ":" in model.name else model.name + ANY_TAG, model.details
     return {
         "name": name,
         "model": name,
         "modified_at": stamp(model.created),
-        "size": sum(stage["memory_bytes"] for stage in told.get("plan", {}).get("stages", ())) or model.disk_bytes,
-        "digest": hashlib.sha256((model.deployment or model.model).encode()).hexdigest(),
+        "size": sum(one["memory_bytes"] for one in _stages(model, facts)) or model.disk_bytes,
+        "digest": hashlib.sha256(f"{name} {model.model}".encode()).hexdigest(),  # whether it runs or not
         "details": {
             "parent_model": "",
             "format": about.file_format,
@@ -142,5 +138,9 @@ def _size(parameters: int) -> str:
     return ""
 
 
-def _deployments(app: web.Application) -> dict[str, dict[str, Any]]:
+def _stages(model: ServedModel, facts: Mapping[str, DeploymentStatus]) -> Sequence[StageStatus]:
+    return facts[model.deployment]["plan"]["stages"] if model.deployment in facts else ()
+
+
+def _deployments(app: web.Application) -> dict[str, DeploymentStatus]:
     return {one["id"]: one for one in app[HOUSEHOLD].status()["deployments"]}

@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import (
     MAX_MESSAGES,
+    MAX_STOP_CHARS,
     MAX_STOPS,
     MAX_TOKENS,
     MAX_TOOLS,
@@ -24,7 +25,6 @@ from peerllm.api.core.generation import (
     PresencePenalty,
     RepetitionPenalty,
     SamplingOptions,
-    StopString,
     Temperature,
     ToolName,
     TopK,
@@ -41,6 +41,7 @@ MAX_CONTEXT_IDS = 1 << 20  # more than any context holds
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 NAMES: Mapping[str, str] = {"answer_form": "format"}
 Format = str | dict[str, Any] | None
+OllamaStop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]  # n8n sends "" where a field is left empty
 
 
 class OllamaOptions(Struct, kw_only=True):
@@ -55,7 +56,7 @@ class OllamaOptions(Struct, kw_only=True):
     frequency_penalty: FrequencyPenalty | None = None
     seed: AnySeed | None = None
     num_predict: int | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stop: OllamaStop | Annotated[list[OllamaStop], Meta(max_length=MAX_STOPS)] | None = None
     keep_alive: KeepAlive = None  # here, and the next, n8n has them
     format: Format = None
 
@@ -94,7 +95,7 @@ class OllamaFields(Struct, kw_only=True):
         return {
             "model": self.model,
             "max_tokens": min(most, MAX_TOKENS) if most > 0 else None,
-            "stops": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            "stops": tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one),
             "sampling": options.sampling(),
             "answer_form": _answer_form(self.format or options.format),
             "reasoning": self.think,

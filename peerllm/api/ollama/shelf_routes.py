@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from peerllm.api.core.generation import MAX_NAME_CHARS, Name
 from peerllm.api.core.named_models import find_model
 from peerllm.api.core.telling import taking
-from peerllm.api.error_answers import json_response
+from peerllm.api.error_answers import failing_as, json_response
 from peerllm.api.keys import HOUSEHOLD
 from peerllm.api.ollama.ollama_answers import ollama_error
 from peerllm.api.ollama.ollama_models import ShowBody
@@ -53,7 +53,7 @@ async def pull(request: web.Request, body: PullBody) -> web.StreamResponse:
             nonlocal so_far
             so_far = done, total
 
-        stream = Stream(request, LINES, ollama_error)
+        stream = Stream(request, LINES, failing_as(ollama_error))
         work = asyncio.create_task(request.app[HOUSEHOLD].pull(name, note), name="pull")
         try:
             if body.stream is False:

@@ -24,6 +24,7 @@ from peerllm.api.error_answers import FieldError
 from peerllm.api.openai.openai_fields import NAMES, Flag, NoList, NoObject, OpenAIFields, copies
 
 MAX_PARTS = 1024  # of one message's content
+FormatKind = Literal["text", "json_object", "json_schema", "regex", "lark"]
 
 
 class ContentPart(Struct):
@@ -41,12 +42,8 @@ class MessageToolCall(Struct):
     id: str = ""
 
     def call(self, where: str) -> CalledTool:
-        try:
-            arguments = msgspec.json.decode(self.function.arguments or "{}", type=dict[str, Any])
-        except msgspec.MsgspecError as error:
-            name = f"{where}.function.arguments"
-            raise FieldError(f"{name} must be a JSON object as text", name) from error
-        return CalledTool(self.id, self.function.name, arguments)
+        given = arguments_of(self.function.arguments, f"{where}.function.arguments")
+        return CalledTool(self.id, self.function.name, given)
 
 
 class MessageBody(Struct):
@@ -101,20 +98,30 @@ class SchemaBody(Struct):
 class FormatBody(Struct):
     """`regex` and `lark` are not OpenAI's; their text is in `grammar`."""
 
-    type: Literal["text", "json_object", "json_schema", "regex", "lark"] | None = None
+    type: FormatKind | None = None
     json_schema: SchemaBody | None = None
     grammar: str | None = None
 
     def form(self) -> AnswerForm | None:
-        if self.type == "json_schema":
-            if self.json_schema is None:
-                raise FieldError("response_format.json_schema is missing", "response_format.json_schema")
-            return AnswerForm("schema", self.json_schema.schema)
-        if self.type in ("regex", "lark"):
-            if not self.grammar:
-                raise FieldError("response_format.grammar is missing", "response_format.grammar")
-            return AnswerForm(self.type, grammar=self.grammar)
-        return AnswerForm("json") if self.type == "json_object" else None
+        if self.type == "json_schema" and self.json_schema is None:
+            raise FieldError("response_format.json_schema is missing", "response_format.json_schema")
+        schema = self.json_schema.schema if self.json_schema is not None else None
+        return form_of(self.type, schema, self.grammar, "response_format")
+
+
+def form_of(
+    kind: FormatKind | None, schema: dict[str, Any] | None, grammar: str | None, where: str
+) -> AnswerForm | None:
+    """What a format of any name `where` asks for."""
+    if kind == "json_schema":
+        if schema is None:
+            raise FieldError(f"{where}.schema is missing", f"{where}.schema")
+        return AnswerForm("schema", schema)
+    if kind in ("regex", "lark"):
+        if not grammar:
+            raise FieldError(f"{where}.grammar is missing", f"{where}.grammar")
+        return AnswerForm(kind, grammar=grammar)
+    return AnswerForm("json") if kind == "json_object" else None
 
 
 class TemplateSwitches(Struct):
@@ -171,6 +178,14 @@ class ChatBody(OpenAIFields, kw_only=True):
             user=self.user or "",
         )
         return copies(checked(wanted, NAMES), self.n or 1)
+
+
+def arguments_of(text: str, where: str) -> dict[str, Any]:
+    """Of an earlier call; FieldError if they are no JSON object."""
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise FieldError(f"{where} must be a JSON object as text", where) from error
 
 
 def text_of(content: str | list[ContentPart], where: str) -> str:

@@ -42,14 +42,11 @@ class StreamOptions(Struct):
     include_usage: Flag = None
 
 
-class OpenAIFields(Struct, kw_only=True):
-    """`return_token_ids`, `top_k`, `min_p` and `repetition_penalty` are not OpenAI's; other servers have them too."""
+class SampledFields(Struct, kw_only=True):
+    """`top_k`, `min_p` and `repetition_penalty` are not OpenAI's; other servers have them too."""
 
     model: Name
     stream: Flag = None
-    stream_options: StreamOptions | None = None
-    max_tokens: TokenCount | None = None
-    n: Answers | None = None
     stop: Stops = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -60,12 +57,7 @@ class OpenAIFields(Struct, kw_only=True):
     frequency_penalty: FrequencyPenalty | None = None
     seed: AnySeed | None = None
     logit_bias: NoObject | None = None
-    return_token_ids: Flag = None
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
-
-    @property
-    def with_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -85,6 +77,19 @@ class OpenAIFields(Struct, kw_only=True):
             frequency_penalty=self.frequency_penalty,
             seed=seed_of(self.seed),
         )
+
+
+class OpenAIFields(SampledFields, kw_only=True):
+    """`return_token_ids` is not OpenAI's."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenCount | None = None
+    n: Answers | None = None
+    return_token_ids: Flag = None
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 def copies(wanted: Generation, count: int) -> list[Generation]:

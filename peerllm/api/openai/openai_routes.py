@@ -6,10 +6,13 @@ from functools import partial
 
 from aiohttp import web
 
+from peerllm.api.anthropic.anthropic_models import VERSION_HEADER, ModelPage, model_info, model_page
+from peerllm.api.anthropic.anthropic_objects import AnthropicModel, AnthropicModels
 from peerllm.api.core.caller import caller_of
 from peerllm.api.core.embeddings import vectors_of
 from peerllm.api.core.named_models import find_model, listed_models
 from peerllm.api.core.telling import tell
+from peerllm.api.error_answers import json_response
 from peerllm.api.openai.chat_answers import ChatAnswers
 from peerllm.api.openai.chat_requests import ChatBody
 from peerllm.api.openai.completion_answers import CompletionAnswers
@@ -24,6 +27,7 @@ from peerllm.api.openai.openai_objects import (
     StreamEnd,
     TextCompletion,
 )
+from peerllm.api.openai.responses.response_routes import add_responses
 from peerllm.api.routes.api_route import JSON, ApiRoute, add_routes
 from peerllm.api.streams import SSE
 from peerllm.daemon.facade import ServedModel
@@ -33,8 +37,8 @@ def add_openai(app: web.Application) -> None:
     asked = partial(ApiRoute, "POST", asks=True)
     add_routes(
         app,
-        ApiRoute("GET", "/v1/models", list_models),
-        ApiRoute("GET", "/v1/models/{id:.+}", one_model, refuses=(404,)),
+        ApiRoute("GET", "/v1/models", list_models, {JSON: (OpenAIModels, AnthropicModels)}),
+        ApiRoute("GET", "/v1/models/{id:.+}", one_model, {JSON: (OpenAIModel, AnthropicModel)}, refuses=(404,)),
         ApiRoute(
             "POST",
             "/v1/chat/completions",
@@ -45,6 +49,7 @@ def add_openai(app: web.Application) -> None:
         asked("/v1/completions", completions, {JSON: TextCompletion, SSE: (TextCompletion, StreamEnd)}),
         asked("/v1/embeddings", embeddings),
     )
+    add_responses(app)
 
 
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
@@ -62,14 +67,21 @@ async def embeddings(request: web.Request, body: EmbeddingBody) -> OpenAIVectors
     return body.answer(await vectors_of(request.app, body.generations(), caller_of(request)))
 
 
-async def list_models(request: web.Request) -> OpenAIModels:
-    """The models of the household. Those that are about to be started here come last."""
-    return {"object": "list", "data": [_object(model) for model in listed_models(request.app)]}
+async def list_models(request: web.Request, *, query: ModelPage) -> web.Response:
+    """The models of the household. Those that are about to be started here come last.
+
+    With the header `anthropic-version` in the form that Anthropic's clients read, in pages.
+    """
+    models = listed_models(request.app)
+    if VERSION_HEADER in request.headers:
+        return json_response(model_page(models, query))
+    return json_response({"object": "list", "data": [_object(model) for model in models]})
 
 
-async def one_model(request: web.Request) -> OpenAIModel:
-    """A model of the household."""
-    return _object(find_model(request.app, request.match_info["id"]))
+async def one_model(request: web.Request) -> web.Response:
+    """A model of the household, with the header `anthropic-version` as Anthropic's clients read it."""
+    model = find_model(request.app, request.match_info["id"])
+    return json_response(model_info(model) if VERSION_HEADER in request.headers else _object(model))
 
 
 def _object(model: ServedModel) -> OpenAIModel:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from tokenizers import Tokenizer
+from peerllm.api.text.tokens.decoding_table import Decoding
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _UNDECODED = "\ufffd"  # what an unfinished UTF-8 character decodes to
 
 
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def special_ids(tokenizer: Decoding) -> frozenset[int]:
     """The ids that stand for no text."""
     return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
@@ -23,7 +23,7 @@ class Detokenizer:
     `shown`: special ids that have a text all the same; then `silent` names the others.
     """
 
-    def __init__(self, tokenizer: Tokenizer, silent: frozenset[int], shown: frozenset[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: Decoding, silent: frozenset[int], shown: frozenset[int] = frozenset()) -> None:
         self._decode: Callable[..., str] = tokenizer.decode
         self._name: Callable[[int], str | None] = tokenizer.id_to_token
         self._silent = silent  # ids without text

@@ -16,6 +16,7 @@ from peerllm.api.text.fill_in import fill_in_form
 from peerllm.api.text.reasoning import thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
+from peerllm.api.text.tokens.decoding_table import facts_of, tokens_from
 from peerllm.chat_templates import marks_of, model_file, model_object, template_sources
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import SAMPLING_LIMITS
@@ -41,7 +42,7 @@ class ModelText:
         try:
             parts = orjson.loads(data)
             self._bounds = bounds_of(parts)
-            self.decoder = _decoder(parts)
+            self._shell = _shell(parts)
             del parts  # it takes more memory than the tokenizer
             self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exceptions
@@ -63,6 +64,14 @@ class ModelText:
         if self.form is FORMS["harmony"]:
             self.marks = None  # it has channels
         self.defaults = _sampling_defaults(model_object(model_dir / "generation_config.json"))
+
+    def table(self) -> dict[str, Any]:
+        """The facts of a DecodingTable."""
+        return facts_of(self._tokenizer, self._shell)
+
+    def tokens(self, first: int) -> list[str | None]:
+        """A slice of its tokens."""
+        return tokens_from(self._tokenizer, first)
 
     def prompt(
         self,
@@ -121,24 +130,32 @@ class ModelText:
         ids = {token.content: number for number, token in added if is_special(token)}
         kept = self.form.kept if self.form is not None else None
         marks = ModelMarks(ids, kept, self.marks, opened)
-        needed = calls.get("keep") == "needed"
-        tools: dict[str, Mapping[str, Any]] = {}
-        for one in calls.get("tools", ()) if calls.get("keep") else ():
-            strict = needed or one.get("strict")
-            tools[one["name"]] = argument_schema(one.get("parameters", {})) if strict else {"type": "object"}
-        kept_calls = KeptCalls(tools, needed, calls.get("parallel", True)) if tools else None
-        return grammar_of(form, kept_calls, marks)
+        if not calls.get("keep"):
+            return grammar_of(form, None, marks)
+        needed = calls["keep"] == "needed"
+
+        def wanted(every: bool) -> KeptCalls:
+            tools: dict[str, Mapping[str, Any]] = {}
+            for one in calls["tools"]:
+                known = every or needed or one.get("strict")
+                tools[one["name"]] = argument_schema(one.get("parameters", {})) if known else {"type": "object"}
+            return KeptCalls(tools, needed, calls.get("parallel", True))
+
+        try:
+            return grammar_of(form, wanted(True), marks)
+        except BadInputError:  # nobody asked for it where tools are not strict
+            if needed:
+                raise
+            return grammar_of(form, wanted(False), marks)
 
 
-def _decoder(parts: Mapping[str, Any]) -> bytes:
-    """What of a tokenizer.json turns ids into text, as one: it loads in a fraction of the time and memory."""
+def _shell(parts: Mapping[str, Any]) -> str:
+    """A tokenizer.json with the decoder of this one, and nothing else."""
     if b'"Regex":' in orjson.dumps(parts.get("decoder")):  # decoding is done on the loop, where all would wait for it
         raise ModelError("its decoder has a regular expression, which may take forever")
-    model = dict(parts["model"])
-    if model.get("type") == "BPE":
-        model["merges"] = []
     unused = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "truncation", "padding"))
-    return orjson.dumps({**parts, **unused, "model": model})
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+    return orjson.dumps({**parts, **unused, **empty}).decode()
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

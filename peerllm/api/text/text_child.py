@@ -48,8 +48,10 @@ class TextWork:
             if "form" in question:
                 form, calls = json.loads(question["form"])
                 return {"grammar": text.grammar(form, calls, question["opened"])}
+            if "tokens" in question:
+                return {"tokens": text.tokens(question["tokens"])}
             return {
-                "decoder": text.decoder.decode(),
+                "table": text.table(),
                 "defaults": text.defaults,
                 "marks": text.marks,
                 "form": text.form.name if text.form is not None else None,

@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Struct
-from tokenizers import Tokenizer
 
 from peerllm.api.error_answers import FieldError
 from peerllm.api.text.calls.answer_parts import AnswerReader, Schemas
@@ -32,12 +31,13 @@ from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.api.text.template import Message
 from peerllm.api.text.text_child import TextWork
 from peerllm.api.text.text_process import TextProcess
+from peerllm.api.text.tokens.decoding_table import DecodingTable
 from peerllm.chat_templates import Marks
 from peerllm.engine.messages import Constraint
 from peerllm.errors import BadInputError, ModelError, OverloadedError
 from peerllm.types import DeploymentId
 
-MAX_MODELS = 4  # decoders kept in memory; a large vocabulary takes some 50 MB
+MAX_MODELS = 4  # whose tokens are kept in memory; a large vocabulary takes some 20 MB
 MAX_WAITING = 512  # prompts being prepared or waiting for that: all that may be streamed could ask at once
 LARGE_CHARS = 64 << 10  # prompts larger than this have a process of their own, so that small ones do not wait for them
 IDLE_S, LARGE_IDLE_S = 300.0, 30.0  # seconds after which a process that nobody asks is ended
@@ -51,10 +51,9 @@ class AnswerText:
     """What an answer's text needs of a model; `defaults` are its makers' sampling parameters."""
 
     model_dir: Path
-    decoder: Tokenizer  # knows no merges: it only decodes
+    decoder: DecodingTable
     special: frozenset[int]
     defaults: Mapping[str, float]
-    vocabulary: int  # tokens
     marks: Marks | None = None  # around what the model thinks; None: it does not, or not between marks
     form: CallForm | None = None  # in which it calls tools; None: it has no chat template
     fill_in: str = ""  # see fill_in_form
@@ -62,7 +61,7 @@ class AnswerText:
 
     def knows(self, token_id: int) -> bool:
         """Whether the model has such a token."""
-        return 0 <= token_id < self.vocabulary
+        return 0 <= token_id < self.decoder.vocabulary
 
     @property
     def chats(self) -> bool:
@@ -131,7 +130,11 @@ class TextStore:
             async with self._one_at_a_time:
                 if deployment not in self._texts:
                     told = await self._ask({"model_dir": str(model_dir)}, 0)
-                    self._texts[deployment] = await self._in_thread(_answer_text, model_dir, told)
+                    tokens: list[str | None] = []
+                    while len(tokens) < told["table"]["ids"]:
+                        question = {"model_dir": str(model_dir), "tokens": len(tokens)}
+                        tokens += (await self._ask(question, 0))["tokens"]
+                    self._texts[deployment] = _answer_text(model_dir, told, tokens)
             while len(self._texts) > MAX_MODELS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(deployment)
@@ -205,9 +208,8 @@ class TextStore:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _answer_text(model_dir: Path, told: Mapping[str, Any]) -> AnswerText:
-    decoder, told_marks = Tokenizer.from_str(told["decoder"]), told.get("marks")
+def _answer_text(model_dir: Path, told: Mapping[str, Any], tokens: Sequence[str | None]) -> AnswerText:
+    decoder, told_marks = DecodingTable(told["table"], tokens), told.get("marks")
     marks = (str(told_marks[0]), str(told_marks[1])) if told_marks else None
-    form, vocabulary = FORMS.get(told.get("form") or ""), decoder.get_vocab_size()
-    special, more = special_ids(decoder), (told.get("fill_in", ""), told.get("template", ""))
-    return AnswerText(model_dir, decoder, special, told["defaults"], vocabulary, marks, form, *more)
+    form, more = FORMS.get(told.get("form") or ""), (told.get("fill_in", ""), told.get("template", ""))
+    return AnswerText(model_dir, decoder, special_ids(decoder), told["defaults"], marks, form, *more)

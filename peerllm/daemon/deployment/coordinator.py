@@ -185,6 +185,7 @@ class Coordinator:
         options = self._asleep.get(model) or RunOptions(model, on_demand=True)
         try:
             if not same_model(model, self._around.views()):
+                log.info("%s is started for a request", model)
                 return await self.run(options, lambda _: None)
         except UnavailableError:
             if not same_model(model, self._around.views()):
@@ -265,8 +266,7 @@ class Coordinator:
         return next((key for key, one in self._asleep.items() if model in (key, one.name)), None)
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        deployment = self._of(request.deployment)
-        if deployment is None:
+        if (deployment := self._of(request.deployment)) is None:
             raise NotFoundError("this model is not served any more; `peerllm status` lists what is")
         chunks = deployment.sequences.generate(request)
         return kept_loaded(deployment.idle, request.keep_alive_s, chunks, self.look_for_idle)

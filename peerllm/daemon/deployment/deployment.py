@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
+from peerllm import request_ids
 from peerllm.daemon.background_tasks import LatestTasks
 from peerllm.daemon.control_messages import DeploymentState, Holding, Progress, Trouble
 from peerllm.daemon.decide.demand import Blueprint
@@ -51,14 +52,10 @@ from peerllm.daemon.deployment.planning.serving_watch import ServingWatch
 from peerllm.daemon.deployment.remembered import RememberedDeployment
 from peerllm.daemon.deployment.sequences.admission import Admission
 from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacity
+from peerllm.daemon.deployment.sequences.caused_sequences import CausedSequences
 from peerllm.daemon.deployment.standing_epochs import PASSING, StandingEpochs
 from peerllm.daemon.facade import RunOptions
-from peerllm.errors import (
-    EngineError,
-    InfeasibleError,
-    PeerLLMError,
-    UnavailableError,
-)
+from peerllm.errors import EngineError, InfeasibleError, PeerLLMError, UnavailableError
 from peerllm.types import DeviceId
 
 EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down
@@ -97,7 +94,8 @@ class Deployment:
         self.lasting = remembered is not None  # it has served: from then on it waits for devices instead of giving up
         self.report = ProgressReport(around.me, around.name, around.changed)
         self.model = DescribedModel(options, around, self._tell, at_hand)
-        self.sequences = Admission(self.id, around.tell_engine, around.changed)
+        caused = CausedSequences(self.id, around, lambda: self._epochs.running.devices if self._epochs.running else ())
+        self.sequences = Admission(self.id, around.tell_engine, around.changed, caused.begins)
         self.idle = IdleTime(options.on_demand, time.monotonic())
         self._around, self._served = around, served
         self._search = PlanSearch(options, around, timings, self._tell)
@@ -124,7 +122,8 @@ class Deployment:
         for event in devices:
             self._feed(event)
         self._feed(DeadlineReached())
-        self._watch.start(self._work)
+        with request_ids.caused_by(""):
+            self._watch.start(self._work)
 
     async def outcome(self) -> None:
         """Returns when it serves; raises why it does not, now or at the end of the attempt under way."""
@@ -254,7 +253,8 @@ class Deployment:
         """Let the decider handle an event, and do what it says."""
         if not self._decisions.closed:
             self._note_for_people(event)
-            self._decisions.feed(event)
+            with request_ids.caused_by(""):  # it goes on long after a request that may have begun it
+                self._decisions.feed(event)
 
     def _note_for_people(self, event: DeploymentEvent) -> None:
         running = self._epochs.running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from peerllm.chat_templates import abilities_in
 from peerllm.daemon.decide.demand import check_options
 from peerllm.daemon.deployment.model_files import dtype_of
 from peerllm.daemon.deployment.negotiation import Surroundings
-from peerllm.daemon.facade import RunOptions
+from peerllm.daemon.facade import RunOptions, short_name
 from peerllm.daemon.weights.known_models import known_as
 from peerllm.engine.messages import Inspected, TensorAt
 from peerllm.planner.cost.byte_sizes import human_bytes
@@ -78,7 +78,8 @@ class DescribedModel:
         check_options(options, inspected)
         self.abilities = await asyncio.to_thread(abilities_in, directory)
         self.parameters = _parameters(options.model, inspected)
-        return inspected
+        named = replace(inspected.profile, name=short_name(options.model))  # not its directory, which may be a hash
+        return replace(inspected, profile=named)
 
 
 def _parameters(model: str, inspected: Inspected) -> int:

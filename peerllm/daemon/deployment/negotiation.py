@@ -14,6 +14,7 @@ from peerllm.daemon.control_messages import (
     Answer,
     Assign,
     Carry,
+    Computing,
     DeploymentView,
     LoadQuestion,
     Release,
@@ -86,6 +87,10 @@ class Surroundings(Protocol):
         ...
 
     def tell_engine(self, message: Submit | Cancel) -> None: ...
+
+    def tell_device(self, device: DeviceId, message: Computing) -> None:
+        """Another device, which misses it if it is away."""
+        ...
 
     def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
         """Tell this device's engine at once that sequences run in that epoch from now on; done when all do."""

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from peerllm.daemon.control_messages import Answer, DeploymentView, Hello, LoadQuestion, MakeWay
+from peerllm.daemon.control_messages import Answer, Computing, DeploymentView, Hello, LoadQuestion, MakeWay
 from peerllm.daemon.decide.assignments import Address
 from peerllm.daemon.decide.device_profiles import Candidate
 from peerllm.daemon.decide.hub_places import HubPlaces, hub_key
@@ -136,6 +136,9 @@ class Home:
 
     def tell_engine(self, message: Submit | Cancel) -> None:
         self._parts.host.tell(message)
+
+    def tell_device(self, device: DeviceId, message: Computing) -> None:
+        self._parts.network.tell(device, message)
 
     def switch(self, deployment: DeploymentId, epoch: int) -> Awaitable[None]:
         host = self._parts.host

@@ -19,6 +19,7 @@ from peerllm.daemon.control_messages import (
     Answer,
     Assign,
     Carry,
+    Computing,
     Holding,
     LoadQuestion,
     Pace,
@@ -46,6 +47,7 @@ from peerllm.engine.messages import (
     Recorded,
 )
 from peerllm.errors import EngineError, PeerLLMError, RefusedError, UnavailableError
+from peerllm.request_ids import caused_by, is_plain
 from peerllm.types import DeploymentId, DeviceId
 
 CONNECT_TIMEOUT_S = 20.0
@@ -155,6 +157,13 @@ class Worker:
         held = self._held.find(event.deployment)
         if held is not None:
             self._report(held.coordinator, Trouble(event.deployment, event.epoch, event.reason, other=event.device))
+
+    def computing(self, sender: DeviceId, told: Computing) -> None:
+        """What the engine computes for which request: a line in the log, if it is of the deployment's coordinator."""
+        held = self._held.of(told.deployment, sender)
+        if held is not None and is_plain(told.request):
+            with caused_by(told.request):
+                log.info("sequence %d of %s is computed here", told.sequence, told.deployment[:8])
 
     def progress(self, event: LoadProgress) -> None:
         """The engine has read so much of a stage."""

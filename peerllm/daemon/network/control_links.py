@@ -27,6 +27,7 @@ from peerllm.daemon.network.control_channel import (
 )
 from peerllm.daemon.network.happy_eyeballs import dial_first, who_answers
 from peerllm.errors import AuthenticationError, LinkError
+from peerllm.request_ids import caused_by
 from peerllm.transport.dial import dialling_session
 from peerllm.transport.identity import Identity
 from peerllm.transport.tls.contexts import peer_device
@@ -241,7 +242,8 @@ class ControlLinks:
             await websocket.close()
             self.feed(m.DialFailed(target, "another link stands"))
             return
-        await self._serve(websocket, m.LinkName(self._identity.device, number), device, host, order)
+        with caused_by(""):  # it outlives a request that may have begun it
+            await self._serve(websocket, m.LinkName(self._identity.device, number), device, host, order)
 
     def _next_number(self, device: DeviceId) -> int:
         """Above those of all links with the device, whoever dialled them: the newest link is kept."""

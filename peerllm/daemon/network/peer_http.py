@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from peerllm.daemon.facade import RelayedAnswer
@@ -24,6 +26,7 @@ MAX_CONNECTIONS = 32
 MAX_CONNECTIONS_PER_DEVICE = 4
 MAX_CONTEXTS = 128
 MAX_RELAYED = 512  # answers of other devices under way at once; the API streams no more
+MAX_OPENING = 16  # connections for those that are opened at once: a port that is crowded cuts the oldest of the new
 UPLOAD_TIMEOUT_S = 40.0  # until the other device has taken a request's body; it waits less long for one itself
 ANSWER_STALL_S = 100.0  # without a byte of an answer: it is heard of each 5 s, and a silent device is waited for 60 s
 
@@ -35,6 +38,20 @@ class ControlPort:
     host: str
     port: int
     certificate_pem: str
+
+
+class _GentleConnector(aiohttp.TCPConnector):
+    """Opens a few connections at a time, however many are asked for."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit=limit)
+        self._opening = asyncio.Semaphore(MAX_OPENING)
+
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        async with self._opening:
+            return await super()._create_connection(req, traces, timeout)
 
 
 class PeerHttp:
@@ -53,7 +70,7 @@ class PeerHttp:
             connector=connector, timeout=timeout, trust_env=False, auto_decompress=False
         )
         self._relaying = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=MAX_RELAYED),
+            connector=_GentleConnector(limit=MAX_RELAYED),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=ANSWER_STALL_S),
             trust_env=False,
             auto_decompress=False,

@@ -74,14 +74,16 @@ class DiskModels:
 
 
 def _found(data_dir: Path) -> tuple[DiskModel, ...]:
-    found = []
+    """Each by the name that it would have when it runs, so that lists name it alike; of two, the second in full."""
+    found, taken = [], set[str]()
     for model, paths in places_on_disk(data_dir).items():
         try:
             files = [one for path in paths for one in weight_files(path)]
             if files:
                 about = [one.stat() for one in files]
                 size, made = sum(one.st_size for one in about), max(int(one.st_mtime) for one in about)
-                name = short_name(model) if Path(model).is_absolute() else model
+                name = short if (short := short_name(model)).lower() not in taken else model
+                taken.add(name.lower())
                 found.append(DiskModel(name, model, size, made, abilities=_abilities(paths[0], made)))
         except OSError as error:
             log.debug("%s: %s", model, error)

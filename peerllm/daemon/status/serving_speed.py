@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from peerllm.daemon.facade import Chunk, GenerateRequest
+from peerllm.daemon.facade_objects import MeasuredSpeed
 from peerllm.errors import PeerLLMError
 from peerllm.types import DeploymentId, Sampling
 
@@ -29,7 +30,7 @@ async def measured(
     prompt: int,
     output: int,
     apart: bool = False,
-) -> dict[str, Any]:
+) -> MeasuredSpeed:
     """`sequences` answers of exactly `output` tokens, greedy, to made-up prompts; milliseconds and tokens/s.
 
     They begin at once or, `apart`, each when the one before has its first token.

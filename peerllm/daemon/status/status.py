@@ -8,6 +8,17 @@ from typing import Any
 from peerllm import __version__
 from peerllm.daemon.control_messages import DeploymentView, DeviceView, Hello
 from peerllm.daemon.discovery.advert import printable_name
+from peerllm.daemon.facade_objects import (
+    DeploymentStatus,
+    DeviceFacts,
+    DeviceStatus,
+    EngineStatus,
+    HouseholdStatus,
+    LinkStatus,
+    NearbyDevice,
+    NetworkStatus,
+    StageStatus,
+)
 from peerllm.daemon.network import LinkFigure, Peer, Sighting
 from peerllm.daemon.settings import Settings
 from peerllm.engine.messages import EngineLoad
@@ -16,7 +27,7 @@ from peerllm.types import BITS, STORED, DeploymentId, DeviceId, LinkProfile
 Name = Callable[[DeviceId], str]
 
 
-def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None) -> dict[str, Any]:
+def device_entry(device: DeviceId, hello: Hello | None, view: DeviceView | None) -> DeviceFacts:
     """What a device says of itself."""
     return {
         "id": device,
@@ -47,7 +58,7 @@ def own_entry(
     state: str = "online",
     address: str = "",
     problem: str = "",
-) -> dict[str, Any]:
+) -> DeviceStatus:
     """This device itself."""
     return {
         **device_entry(device, hello, view),
@@ -61,15 +72,15 @@ def own_entry(
 
 
 def status_object(
-    me: dict[str, Any],
+    me: DeviceStatus,
     settings: Settings,
-    network: dict[str, Any],
+    network: NetworkStatus,
     *,
     peers: Iterable[Peer] = (),
-    links: Sequence[dict[str, Any]] = (),
-    deployments: Sequence[dict[str, Any]] = (),
+    links: Sequence[LinkStatus] = (),
+    deployments: Sequence[DeploymentStatus] = (),
     sightings: Iterable[Sighting] = (),
-) -> dict[str, Any]:
+) -> HouseholdStatus:
     """`me`: this device's entry; `network`: its control port, and what keeps it from finding others."""
     return {
         "device": {"id": me["id"], "name": me["name"]},
@@ -83,13 +94,13 @@ def status_object(
     }
 
 
-def starting_status(device: DeviceId, settings: Settings, doing: str) -> dict[str, Any]:
+def starting_status(device: DeviceId, settings: Settings, doing: str) -> HouseholdStatus:
     """The status object while this device starts: its name is known, and `doing` says what it waits for."""
     me = own_entry(device, settings, state="starting", problem=f"is {doing}")
     return status_object(me, settings, {"port": settings.port, "problem": ""})
 
 
-def peer_entry(peer: Peer) -> dict[str, Any]:
+def peer_entry(peer: Peer) -> DeviceStatus:
     """Another device, also while it is away."""
     return {
         **device_entry(peer.device, peer.hello, peer.view),
@@ -106,12 +117,12 @@ def link_entries(
     figures: Mapping[tuple[DeviceId, DeviceId], LinkFigure],
     planned: Mapping[tuple[DeviceId, DeviceId], LinkProfile],
     name: Name,
-) -> list[dict[str, Any]]:
+) -> list[LinkStatus]:
     """Every ordered pair, by name: as measured by either end, or what a plan would go by instead.
 
     `hop_ms` is what a small frame takes from engine to engine, `mbps` what its size adds to that.
     """
-    entries = []
+    entries: list[LinkStatus] = []
     for pair in sorted(figures.keys() | planned.keys(), key=lambda pair: (name(pair[0]), name(pair[1]), pair)):
         figure = figures.get(pair)
         profile = figure.profile if figure is not None else planned[pair]
@@ -142,9 +153,9 @@ def weights_form(dtype: str, quantize: str, wanted: str, form: str) -> str:
     return f"rounded to {BITS[quantize]} bits (as asked for)"
 
 
-def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, Any] | None = None) -> DeploymentStatus:
     """One deployment, devices by name; `profiles` are known where it is coordinated."""
-    stages = [
+    stages: list[StageStatus] = [
         {
             "device": name(stage.device),
             "first_layer": stage.first_layer,
@@ -181,7 +192,7 @@ def deployment_entry(view: DeploymentView, name: Name, profiles: Mapping[str, An
     }
 
 
-def engine_entry(load: EngineLoad) -> dict[str, Any]:
+def engine_entry(load: EngineLoad) -> EngineStatus:
     """What an engine holds (stages with slots in use, bytes), how long steps take it, and counts since its start."""
     return {
         "stages": [{"deployment": one, "stage": stage, "slots_in_use": used} for one, stage, used in load.stages],
@@ -195,7 +206,7 @@ def engine_entry(load: EngineLoad) -> dict[str, Any]:
     }
 
 
-def sighting_entry(sighting: Sighting) -> dict[str, Any]:
+def sighting_entry(sighting: Sighting) -> NearbyDevice:
     """A device nearby that is not of the household; unproven."""
     return {
         "short_id": sighting.short_id,
@@ -212,7 +223,7 @@ def deployments_of(
     peers: Mapping[DeviceId, Peer],
     name: Name,
     profiles: Mapping[DeploymentId, Mapping[str, Any]],
-) -> Sequence[dict[str, Any]]:
+) -> Sequence[DeploymentStatus]:
     """This device's deployments first, then those the others tell of."""
     told = (view for peer in peers.values() if peer.view for view in peer.view.deployments)
     return [deployment_entry(view, name, profiles.get(view.deployment)) for view in (*own, *told)]

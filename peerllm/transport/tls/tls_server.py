@@ -16,7 +16,7 @@ from peerllm.transport.tls.contexts import peer_device, server_context
 from peerllm.transport.tls.listen import listen
 from peerllm.types import DeviceId
 
-MAX_REQUESTS_PER_DEVICE = 128  # under way at once, control links among them
+MAX_REQUESTS_PER_DEVICE = 320  # under way at once: more than answers that it may ask for, and control links beside
 IDLE_S = 75.0  # a connection may stay open without a request
 SHUTDOWN_TIMEOUT_S = 1.0  # handlers get this long to end once their connections are gone
 

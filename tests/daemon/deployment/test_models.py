@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,12 @@ import pytest
 from huggingface_hub import errors as hub
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.daemon.deployment.model_files import dtype_of, resolve
+from peerllm.daemon.deployment.described_model import DescribedModel
+from peerllm.daemon.deployment.model_files import ModelOnDisk, dtype_of, resolve
+from peerllm.daemon.facade import RunOptions
 from peerllm.daemon.weights.hub import Repository
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
+from tests.daemon.house import inspected
 
 NO_GGUF = Path("/nowhere")  # a place for what GGUF files become
 
@@ -145,3 +149,16 @@ async def test_a_download_takes_data_only_and_tells_how_far_it_is(monkeypatch, t
     assert shares == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     assert seen["token"] == "secret" and seen["model"] == "owner/model"
     assert not any("py" in pattern or "bin" in pattern for pattern in seen["allow_patterns"])
+
+
+async def test_a_model_is_named_as_people_do_not_by_its_directory():
+    class Around:
+        @asynccontextmanager
+        async def looked_up(self, model, tell):
+            yield ModelOnDisk(Path("/hub/c0ffee"), 0)
+
+        async def inspect(self, *_):
+            return inspected("c0ffee", 3)
+
+    described = await DescribedModel(RunOptions("owner/huge"), Around(), lambda *_: None).describe()
+    assert described.profile.name == "huge"

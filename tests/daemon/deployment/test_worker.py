@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import replace
 
 import pytest
 
 from peerllm.codec import decode, encode
-from peerllm.daemon.control_messages import Activate, Ask, Carry, Control, Release, Reserve, Trouble
+from peerllm.daemon.control_messages import Activate, Ask, Carry, Computing, Control, Release, Reserve, Trouble
 from peerllm.daemon.decide.assignments import MAX_LINKS, assignments, check, travelling
 from peerllm.daemon.decide.demand import draw_up
 from peerllm.daemon.deployment.loading import coordinator_grace
 from peerllm.daemon.facade import RunOptions
 from peerllm.engine.messages import Connect, LinkLost, LoadStage, Unload
 from peerllm.errors import BadInputError, EngineError, LinkError, ModelError, RefusedError
+from peerllm.request_ids import CauseInLog
 from peerllm.transport.links.data_plane import MAX_EXPECTED
 from peerllm.transport.roster.roster import MAX_MEMBERS
 from peerllm.types import MAX_CUTS, Stage
@@ -465,3 +467,22 @@ async def test_links_that_a_coordinator_has_expected_are_its_own_share(house, pl
         assert answer.error == error, answer.reason
         await worker.answer(sender, Release(deployment, 0))
     assert MAX_LINKS * MAX_MEMBERS <= MAX_EXPECTED, "engines have room for the shares of all"
+
+
+async def test_only_the_coordinator_names_requests_in_the_log(house, plan, worker, caplog):
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(CauseInLog())
+    await loaded(worker, plan)
+    caplog.clear()
+    for sender, told in (
+        (C, Computing(D, 1, "stranger")),
+        (A, Computing("e" * 32, 2, "no-deployment")),
+        (A, Computing(D, 3, "two\nlines")),
+        (A, Computing(D, 4, "")),
+        (A, Computing(D, 5, "req-5")),
+    ):
+        worker.computing(sender, told)
+    assert [(one.cause, one.getMessage()) for one in caplog.records] == [
+        ("[req-5] ", f"sequence 5 of {D[:8]} is computed here")
+    ]
+    assert decode(encode(told, Control), Control) == told

@@ -38,6 +38,9 @@ class AnswerStore:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
+    def __len__(self) -> int:
+        return len(self._answers)
+
     def find(self, key: str, fingerprint: bytes) -> KeptAnswer | None:
         """The answer of that key; ReusedKeyError if it answers another body."""
         kept = self._answers.get(key)

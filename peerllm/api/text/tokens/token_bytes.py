@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import orjson
-from tokenizers import Tokenizer
+
+from peerllm.api.text.tokens.decoding_table import Decoding
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ANCHORS = ("a", "▁a", "A", "0")  # one of them stands before a token that is decoded in the middle of a text
@@ -14,7 +15,7 @@ _ANCHORS = ("a", "▁a", "A", "0")  # one of them stands before a token that is 
 class TokenBytes:
     """Of one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decoding) -> None:
         self._tokenizer = tokenizer
         self._added = {number: token.content.encode() for number, token in tokenizer.get_added_tokens_decoder().items()}
         kinds = _kinds(orjson.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {})

@@ -13,6 +13,7 @@ from peerllm.daemon.deployment.planning.live_scenario import as_it_runs
 from peerllm.daemon.deployment.planning.plan_trial import PlanTrial
 from peerllm.daemon.deployment.planning.profile_requests import ProfileRequests
 from peerllm.daemon.facade import RunOptions, RunProgress
+from peerllm.daemon.facade_objects import MeasuredSpeed, Preview
 from peerllm.daemon.status.serving_speed import measured
 from peerllm.daemon.status.status import weights_form
 from peerllm.errors import BadInputError, NotFoundError, UnavailableError
@@ -28,7 +29,7 @@ class DeploymentFigures:
         self._around, self._timings, self._find = around, timings, find
         self._traces = Traces(around)
 
-    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> dict[str, Any]:
+    async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         """What `run` would plan for now (facade.Household.preview); nothing is reserved or loaded.
 
         What the same model holds already counts as free.
@@ -62,7 +63,7 @@ class DeploymentFigures:
 
     async def bench(
         self, model: str, sequences: int, prompt_tokens: int, output_tokens: int, apart: bool = False
-    ) -> dict[str, Any]:
+    ) -> MeasuredSpeed:
         """Measure how fast it answers, beside whatever else goes on. BadInputError if that does not fit its slots."""
         deployment = self._running(model)
         if deployment.state != "serving" or deployment.blueprint is None or deployment.model.inspected is None:

@@ -18,6 +18,7 @@ from peerllm.daemon.deployment.figures.shown_deployment import ShownDeployment
 from peerllm.daemon.deployment.negotiation import Surroundings
 from peerllm.daemon.facade import Chunk
 from peerllm.errors import PeerLLMError
+from peerllm.request_ids import caused_by
 from peerllm.types import DeviceId
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ class IdleModels(Generic[D]):
             if due is None:
                 continue
             if due <= now:
-                self.leave(one, "nobody asks for it")
+                with caused_by(""):
+                    self.leave(one, "nobody asks for it")
             else:
                 next_due = due if next_due is None else min(due, next_due)
         if next_due is not None:

@@ -35,10 +35,14 @@ class Admission:
     """`open` when the deployment serves, `hold` while it does not go on, `close` when it is over."""
 
     def __init__(
-        self, deployment: DeploymentId, tell: Callable[[Submit | Cancel], None], changed: Callable[[], None]
+        self,
+        deployment: DeploymentId,
+        tell: Callable[[Submit | Cancel], None],
+        changed: Callable[[], None],
+        begins: Callable[[AdmittedSequence], None] = lambda _: None,
     ) -> None:
         self._deployment = deployment
-        self._tell, self._changed = tell, changed
+        self._tell, self._changed, self._begins = tell, changed, begins
         self._queue = FairQueue()
         self._all: dict[int, AdmittedSequence] = {}  # queued, running and to be resumed
         self._running: dict[int, str] = {}  # slots and their clients; cancelled ones until the engine confirms
@@ -241,6 +245,7 @@ class Admission:
         how = (stop_ids, request.sampling, client, known, request.constraint, request.pool, request.logprobs)
         self._tell(Submit(self._deployment, sequence.number, prompt, fits, *how))
         sequence.events.put_nowait(None)
+        self._begins(sequence)
 
     def _resume(self, numbers: list[int]) -> None:
         """They ran, and are to be given to the engine again, in the order in which they began."""

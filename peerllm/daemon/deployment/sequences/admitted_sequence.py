@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from peerllm import request_ids
 from peerllm.daemon.facade import Chunk, GenerateRequest
 from peerllm.engine.messages import Tokens
 from peerllm.errors import BadInputError, EngineError, PeerLLMError
@@ -45,6 +46,7 @@ class AdmittedSequence:
     until: float | None = None  # when it has waited long enough; None: the deployment serves
     heard: float = 0.0  # when its last token came, or it was noted as stalled
     stalls: int = 0  # since its last token
+    cause: str = field(default_factory=request_ids.current)  # the request's id
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
         """Its places in the queue, then its tokens up to the chunk with `finish`; raises what ends it otherwise."""
