@@ -13,6 +13,7 @@ from peerllm.api.text.calls.call_forms import FORMS
 from peerllm.api.text.calls.call_patterns import ToolSchemaError
 from peerllm.api.text.model_text import ModelText
 from peerllm.builtin import MODEL_DIR
+from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from peerllm.errors import BadInputError
 from tests.api.fake import byte_tokenizer
 
@@ -150,11 +151,11 @@ def test_a_tool_that_cannot_be_kept_is_named(text: ModelText, tokenizer: Any) ->
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_special_tokens_are_those_that_llguidance_takes_for_such(special: bool) -> None:
+def test_special_tokens_are_those_that_masks_take_for_such(special: bool) -> None:
     made = byte_tokenizer()
     made.add_tokens(
         [AddedToken(one, special=special) for one in ("<tool_call>", "<|x|>", "[ARGS]", "<a", "b>", "c", "<>")]
     )
-    known = LLTokenizer(made.to_str())
-    for number, token in made.get_added_tokens_decoder().items():
-        assert is_special(token) == known.is_special_token(number), token
+    for known in (LLTokenizer(made.to_str()), mask_tokenizer(made.to_str().encode(), [])):
+        for number, token in made.get_added_tokens_decoder().items():
+            assert is_special(token) == known.is_special_token(number), token
