@@ -137,6 +137,33 @@ def test_results_find_their_calls() -> None:
     ]  # fmt: skip
 
 
+def test_where_calls_are_told_apart_each_result_follows_its_own() -> None:
+    can = TemplateAbilities(tools=True, calls=True, results=True)
+    calls = [{**call(0), "name": "a"}, {**call(1), "name": "b"}, {**call(2), "name": "c"}]
+    answers = [result("of none", 9), result("of b", 1), result("of a", 0), result("of c"), USER]
+    found, _ = shaped([USER, calling(*calls, content="Hm."), *answers], [], can, short_ids=False)
+    assert [one["content"] for one in found] == [
+        "How is it?", "Hm.", "of a", "", "of b", "", "of c", "of none", "How is it?"
+    ]  # fmt: skip
+
+
+def test_tools_in_words_go_before_all_where_the_system_speaks_later() -> None:
+    found, _ = shaped([USER, SYSTEM], [WEATHER], TemplateAbilities(), short_ids=False)
+    assert [one["role"] for one in found] == ["system", "user", "system"] and "weather" in found[0]["content"]
+
+
+def test_only_neighbours_of_the_user_are_one() -> None:
+    said = [USER, USER, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    found, _ = shaped(said, [], TemplateAbilities(), short_ids=False)
+    assert [one["content"] for one in found] == ["How is it?\nHow is it?", "a", "b"]
+
+
+def test_a_result_that_is_no_object_is_a_value() -> None:
+    can = TemplateAbilities(tools=True, calls=True, results=True, several=True, responses=True)
+    found, _ = shaped([USER, calling(call(0)), result("[1]", 0)], [], can, short_ids=False)
+    assert found[-1]["tool_responses"] == [{"name": "weather", "response": "[1]"}]
+
+
 @pytest.mark.parametrize(("template", "wanted"), [
     (templates.HERMES, TemplateAbilities(True, True, True, True, True, False)),
     (templates.QWEN_CODER, TemplateAbilities(True, True, True, True, True, False)),

@@ -59,7 +59,7 @@ def test_beyond_loopback_every_operation_needs_the_token(app: web.Application, t
 
 def content_of(document: dict[str, Any], response: aiohttp.ClientResponse, text: str) -> tuple[Any, list[Any]]:
     """The schema of a response's content, and what must fit it: the whole, or each line or event."""
-    path = next(one for one in document["paths"] if re.fullmatch(re.sub(r"\{\w+\}", ".+", one), response.url.path))
+    path = next(one for one in document["paths"] if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", one), response.url.path))
     described = document["paths"][path][response.method.lower()]["responses"][str(response.status)]
     schema = described["content"][response.content_type]["schema"]
     if response.content_type == LINES:
@@ -86,7 +86,11 @@ TOLD: list[tuple[str, str, Any]] = [
     ("POST", "/v1/completions", {"model": "builtin", "prompt": "a", "stream": True, "echo": True}),
     ("POST", "/v1/embeddings", {"model": "builtin", "input": ["a", "b"]}),
     ("POST", "/v1/embeddings", {"model": "builtin", "input": "a", "encoding_format": "base64"}),
+    ("POST", "/v1/responses", {"model": "builtin", "input": "hi", "max_output_tokens": 20}),
+    ("POST", "/v1/responses", {"model": "builtin", "input": "hi", "max_output_tokens": 20, "stream": True}),
+    ("POST", "/v1/responses", {"model": "builtin", "input": "hi", "previous_response_id": "x"}),
     ("POST", "/v1/messages", HI),
+    ("POST", "/v1/messages/count_tokens", HI),
     ("POST", "/v1/messages", {**HI, "stream": True}),
     ("POST", "/v1/messages", {**HI, "max_tokens": 0}),
     ("GET", "/api/version", None),
@@ -107,6 +111,9 @@ TOLD: list[tuple[str, str, Any]] = [
     ("POST", "/peerllm/v1/limits", {"threads": 2, "hours": [60, 120]}),
     ("POST", "/peerllm/v1/limits", {"heads": 2}),
     ("GET", "/peerllm/v1/process", None),
+    ("GET", "/peerllm/v1/tokens", None),
+    ("POST", "/peerllm/v1/tokens", {"person": "anna"}),
+    ("POST", "/peerllm/v1/tokens", {"person": "/"}),
 ]
 
 

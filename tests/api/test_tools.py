@@ -321,6 +321,22 @@ async def test_families_whose_marks_are_tokens(tmp_path: Path, family: str) -> N
         await server.close()
 
 
+@pytest.mark.parametrize("strict", [True, False])
+async def test_where_masks_keep_calls_there_is_one_way_to_call(tmp_path: Path, strict: bool) -> None:
+    """What a mask does not keep is no call, however much it looks like one."""
+    household = with_marks(tmp_path / "model", templates.GEMMA_3, ())
+    household.reply = f'{{"name": "weather", "arguments": {ARGUMENTS[0]}}}'
+    server = ApiServer(household, "127.0.0.1", 0, tmp_path / "data", in_process=True)
+    await server.start()
+    try:
+        tools: Any = STRICT if strict else OPENAI
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as ai:
+            message = (await ai.chat.completions.create(model="builtin", messages=HI, tools=tools)).choices[0].message
+        assert (message.content, bool(message.tool_calls)) == ((household.reply, False) if strict else (None, True))
+    finally:
+        await server.close()
+
+
 @pytest.mark.parametrize("depth", [1, 90, 400, 900, 990, 5000])
 async def test_odd_values_are_taken_or_refused(
     client: aiohttp.ClientSession, household: FakeHousehold, depth: int

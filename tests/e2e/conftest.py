@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -14,25 +15,22 @@ from tests.e2e.clients import scripted_model
 from tests.household import Device, household
 
 CONTEXT = 1024
-EVERYWHERE = "0.0.0.0:0"  # an API that other machines reach, so that it needs the key
 
 
 @pytest.fixture(scope="package")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
     """Three devices, each lending too little for the built-in model, which they serve together.
 
-    The last one wants its key of every client. Their hub has the scripted model as home/parrot.
+    Their hub has the scripted model as home/parrot.
     """
     names, folder = NAMES[:3], tmp_path_factory.mktemp("demo")
     sizes = limits(sizes_of(MODEL_DIR, SLOTS, CONTEXT), len(names))
     memory = {name: str(size) for name, size in zip(names, sizes, strict=True)}
     scripted_model.make(folder / "hub" / "home" / "parrot")
-    hub = HubServer(folder / "hub")
-    with pytest.MonkeyPatch.context() as patch:
+    with closing(HubServer(folder / "hub")) as hub, pytest.MonkeyPatch.context() as patch:
         there = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1"}
         for name, value in there.items():
             patch.setenv(name, value)
-        with household(folder, names, memory=memory, apis={names[-1]: EVERYWHERE}) as started:
+        with household(folder, names, memory=memory) as started:
             started[0].cli("run", "builtin", "--slots", str(SLOTS), "--context", str(CONTEXT))
             yield started
-    hub.close()

@@ -12,9 +12,9 @@ from tests.household import household
 from tests.lab.smollm2 import smollm2
 from tests.sizes import FULL
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 TRIES = 200 if FULL else 9
-AT_ONCE = 4
+AT_ONCE = 8
 
 
 async def test_every_call_of_a_real_model_fits(tmp_path: Path) -> None:

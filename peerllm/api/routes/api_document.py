@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,6 @@ from peerllm.api.keys import GUARD
 from peerllm.api.routes.api_route import JSON, ROUTES, ApiRoute
 from peerllm.api.streams import LINES, SSE
 
-DOCUMENT: web.AppKey[dict[str, Any]] = web.AppKey("document", dict)
 _EVERY = (401, 403, 429, 503)  # the guard's, and a device's that is busy or still starting
 _BODY = (400, 408, 413, 415)
 _ASKED = (400, 404, 409, 422, 507)  # of a request that a model answers
@@ -168,4 +168,4 @@ def _head(get: Mapping[str, Any]) -> dict[str, Any]:
 
 async def openapi_document(request: web.Request) -> dict[str, Any]:
     """This document."""
-    return openapi(request.app)
+    return await asyncio.to_thread(openapi, request.app)  # takes a tenth of a second

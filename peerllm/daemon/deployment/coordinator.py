@@ -266,8 +266,7 @@ class Coordinator:
         return next((key for key, one in self._asleep.items() if model in (key, one.name)), None)
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        deployment = self._of(request.deployment)
-        if deployment is None:
+        if (deployment := self._of(request.deployment)) is None:
             raise NotFoundError("this model is not served any more; `peerllm status` lists what is")
         chunks = deployment.sequences.generate(request)
         return kept_loaded(deployment.idle, request.keep_alive_s, chunks, self.look_for_idle)

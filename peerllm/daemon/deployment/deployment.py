@@ -55,12 +55,7 @@ from peerllm.daemon.deployment.sequences.admitted_sequence import ServingCapacit
 from peerllm.daemon.deployment.sequences.caused_sequences import CausedSequences
 from peerllm.daemon.deployment.standing_epochs import PASSING, StandingEpochs
 from peerllm.daemon.facade import RunOptions
-from peerllm.errors import (
-    EngineError,
-    InfeasibleError,
-    PeerLLMError,
-    UnavailableError,
-)
+from peerllm.errors import EngineError, InfeasibleError, PeerLLMError, UnavailableError
 from peerllm.types import DeviceId
 
 EPOCHS_AHEAD = 1000  # a restarted deployment goes on so many after the last epoch that was written down

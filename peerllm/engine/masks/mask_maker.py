@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from peerllm.engine.messages import GRAMMAR_LIMITS, Constraint
 from peerllm.engine.sampler import mask_bytes
 from peerllm.errors import PeerLLMError, one_line
 from peerllm.regular_files import read_regular
 from peerllm.types import DeploymentId
 
-MAX_TOKENIZERS = 2  # kept in memory; the largest takes some 200 MB
+MAX_TOKENIZERS = 2  # kept in memory; the largest takes some 130 MB
 MAX_TOKENIZER_BYTES = 64 << 20
 
 Key = tuple[DeploymentId, int]  # and the sequence
@@ -151,12 +152,9 @@ class MaskMaker:
         self._made(made)
 
     def _tokenizer(self, path: str, stop_ids: tuple[int, ...]) -> Any:
-        from llguidance import LLTokenizer
-
         key = path, stop_ids
         if key not in self._tokenizers:
-            text = read_regular(Path(path), MAX_TOKENIZER_BYTES).decode()
-            self._tokenizers[key] = LLTokenizer(text, eos_token=list(stop_ids) or None)
+            self._tokenizers[key] = mask_tokenizer(read_regular(Path(path), MAX_TOKENIZER_BYTES), stop_ids)
             while len(self._tokenizers) > MAX_TOKENIZERS:
                 self._tokenizers.popitem(last=False)
         self._tokenizers.move_to_end(key)

@@ -26,7 +26,6 @@ QUICK = {  # what `make test` takes
     "openai": ("whole answer", "streamed answer", "vectors", "hanging up"),
     "ollama": ("whole answer", "streamed answer", "vectors"),
     "anthropic": ("whole answer", "streamed answer"),
-    "Home Assistant": ("wrong key",),
 }
 LIGHTS = say("Turn on the lights in the kitchen.")
 STORY = say("Tell me a story.", max_tokens=24)
@@ -54,6 +53,16 @@ def parrot(demo: list[Device]) -> Iterator[None]:
     client.delete(VECTORS)
     client.generate(PARROT, keep_alive=0)
     client.chat("builtin", [{"role": "user", "content": "Hello."}], keep_alive=-1)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    """A device whose API other machines reach, so that it wants its key."""
+    device = Device(tmp_path_factory.mktemp("locked"), "locked", options=("--no-mdns",), api="0.0.0.0:0")
+    try:
+        yield device.start().wait_ready()
+    finally:
+        device.stop()
 
 
 def truth(demo: list[Device], question: Question) -> Said:
@@ -178,14 +187,37 @@ def unthought(client: Client, demo: list[Device]) -> None:
     assert (said.text, said.thought) == (scripted_model.UNTHOUGHT, "")
 
 
+def must(client: Client, demo: list[Device]) -> None:
+    """The built-in model knows no tools: masks make it call, and in the form of the arguments."""
+    lamp = {"name": "lamp", "description": "Switch a lamp", "parameters": SCHEMA}
+    said = client.ask(LIGHTS.but(tools=(lamp,), must_call=True))
+    ((name, given),) = said.calls
+    Draft202012Validator(SCHEMA).validate(given)
+    assert (name, said.finish) == ("lamp", "tool_calls")
+
+
+def chances(client: Client, demo: list[Device]) -> None:
+    said = client.ask(LIGHTS.but(chances=True))
+    assert said.answer_tokens is not None and 0 <= said.answer_tokens - len(said.chances) <= 1
+    assert all(-3 < one <= 0 for one in said.chances), "the likeliest tokens"
+
+
+def responses(client: Client, demo: list[Device]) -> None:
+    wanted = truth(demo, LIGHTS).text
+    for stream in (False, True):
+        assert client.responded(LIGHTS.messages[0]["content"], stream) == wanted
+
+
 def unknown(client: Client, demo: list[Device]) -> None:
     _refused(client, "unknown model", LIGHTS.but(model="nothing"), 404, "no model 'nothing")
 
 
 def wrong_key(client: Client, demo: list[Device]) -> None:
+    lists = "list of models" in client.cells and client.name != "llm"
+    assert not lists or "builtin" in client.models()
     client.key = "sk-wrong"
     _refused(client, "wrong key", LIGHTS, 401, "token")
-    if "list of models" in client.cells and "streamed answer" in client.cells and client.name != "llm":
+    if lists:
         with pytest.raises(Exception) as error:
             client.models()
         assert client.failing["wrong key"] in _classes(error.value)
@@ -244,8 +276,8 @@ def _quick(client: type[Client], cell: str) -> bool:
 
 CHECKS: dict[str, Callable[[Client, list[Device]], None]] = dict(
     zip(EVERY, (models, whole, streamed, system, turns, stops, limit, usage, call, calls, result, arguments,
-                json_object, schema, continued, vectors, thought, unthought, unknown, wrong_key, wrong_field,
-                hanging_up, twice, set_up, staying), strict=True)
+                json_object, schema, continued, vectors, thought, unthought, must, chances, responses,
+                unknown, wrong_key, wrong_field, hanging_up, twice, set_up, staying), strict=True)
 )  # fmt: skip
 CELLS = [
     pytest.param(client, cell, id=f"{client.name}, {cell}", marks=() if _quick(client, cell) else pytest.mark.slow)
@@ -259,9 +291,9 @@ CELLS = [
 def test_cell(
     client: type[Client], cell: str, demo: list[Device], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """At one device or another, but where the key must be right."""
+    """At one device or another of the household."""
     if not _quick(client, cell):
         request.getfixturevalue("parrot")
     place = CLIENTS.index(client) + EVERY.index(cell)
-    device = demo[-1] if cell == "wrong key" else demo[place % len(demo)]
+    device = request.getfixturevalue("locked") if cell == "wrong key" else demo[place % len(demo)]
     CHECKS[cell](client(device.url, device.token(), tmp_path), demo)

@@ -13,6 +13,7 @@ from peerllm.engine.base import Tensor
 from peerllm.engine.masks.mask_maker import MadeMask
 from peerllm.engine.messages import Constraint, Submit, Tokens
 from peerllm.engine.sampler import SeededSampler
+from peerllm.logprobs import unpacked
 from peerllm.transport.frames.token_run import TokenRun
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
@@ -73,10 +74,8 @@ class House:
         self.masks = Made()
         self.world = World("full", 2, self.masks, SeededSampler())
         self.world.load(cut)
-        form = Constraint("", "")
-        self.world.devices[0].deployment.submit(
-            Submit(DEPLOYMENT, 1, PROMPT, COUNT, (), Sampling(), "anna", answer, form)
-        )
+        order = Submit(DEPLOYMENT, 1, PROMPT, COUNT, (), Sampling(), "anna", answer, Constraint("", ""), logprobs=1)
+        self.world.devices[0].deployment.submit(order)
 
     def told(self) -> list[Tokens]:
         return [one for one in self.world.told if isinstance(one, Tokens)]
@@ -239,3 +238,4 @@ def test_in_any_order_and_over_any_moves_the_answer_is_the_same(seed: int) -> No
         if house.told() and house.told()[-1].finish:
             break
     assert [*known, *house.said()] == expected(), house.told()[-1:]
+    assert [unpacked(one)[0][0] for told in house.told() for one in told.logprobs] == house.said()

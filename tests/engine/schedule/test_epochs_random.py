@@ -15,6 +15,7 @@ from peerllm.engine import base
 from peerllm.engine.messages import Done, Failed, Submit, Tokens
 from peerllm.engine.schedule import running_sequence
 from peerllm.engine.schedule.source_feed import MOST_PATIENCE_S
+from peerllm.logprobs import unpacked
 from peerllm.types import Sampling
 from tests.engine.fakes import DEPLOYMENT
 from tests.engine.schedule.adding_devices import CONTEXT, CUTS, DEVICES, LAYERS, World, expected
@@ -75,6 +76,10 @@ class Epochs(RuleBasedStateMachine):
                 if event.finish == "error" and event.error == "killed":
                     continue
                 assert event.start == len(said), (event, said)
+                asked = self.orders[number].logprobs
+                entries = [unpacked(one) for one in event.logprobs]
+                assert [one[0][0] for one in entries] == (list(event.ids) if asked is not None else [])
+                assert all(len(one) == 1 + (asked or 0) for one in entries)
                 said += event.ids
                 if event.finish is not None:
                     return said, event
@@ -107,7 +112,8 @@ class Epochs(RuleBasedStateMachine):
         if len(prompt) >= CONTEXT:
             return
         number = len(self.orders) + 1
-        order = self.orders[number] = Submit(DEPLOYMENT, number, tuple(prompt), count, (), Sampling(), client)
+        order = Submit(DEPLOYMENT, number, tuple(prompt), count, (), Sampling(), client)
+        order = self.orders[number] = replace(order, logprobs=(None, 0, 2)[number % 3])
         self.world.devices[0].deployment.submit(order)
 
     @precondition(lambda self: self.source.running)

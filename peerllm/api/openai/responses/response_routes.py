@@ -55,7 +55,7 @@ def add_responses(app: web.Application) -> None:
         ApiRoute("POST", RESPONSES_PATH, create_response, {JSON: ResponseObject, SSE: streamed}, asks=True),
         ApiRoute("POST", RESPONSES_PATH + _COUNT, count_input_tokens, asks=True),
         ApiRoute("GET", _ONE, read_response, {JSON: ResponseObject}, refuses=(404,)),
-        ApiRoute("DELETE", _ONE, delete_response, refuses=(404, 415)),
+        ApiRoute("DELETE", _ONE, delete_response, refuses=(404,)),
         ApiRoute("GET", _ONE + "/input_items", list_input_items, refuses=(404,)),
         ApiRoute("POST", _ONE + "/cancel", cancel_response, refuses=(404,)),
     )
