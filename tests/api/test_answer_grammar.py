@@ -13,6 +13,7 @@ from peerllm.api.text.calls.call_forms import FORMS
 from peerllm.api.text.calls.call_patterns import ToolSchemaError
 from peerllm.api.text.model_text import ModelText
 from peerllm.builtin import MODEL_DIR
+from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from peerllm.errors import BadInputError
 from tests.api.fake import byte_tokenizer
 
@@ -43,6 +44,9 @@ def fits(tokenizer: Any, grammar: str, said: str) -> bool:
         ({"kind": "json"}, ['{"x": [1, null]}', "{}"], ["[1]", "3", '{"x":\n1}', '{"x":  1}']),
         ({"kind": "schema", "schema": OPEN}, ['{"a":1}', '{"a": 1}'], ['{"a":"x"}', "{}", '{"a":1,"b":2}']),
         ({"kind": "schema"}, ["3", '"x"', "[]"], ["x"]),
+        ({"kind": "schema", "schema": {"type": "string", "format": "password"}}, ['"x"'], ["x"]),
+        ({"kind": "schema", "schema": {"anyOf": [{"type": "string", "format": "date"}]}}, ['"2026-12-01"'], ['"x"']),
+        ({"kind": "schema", "schema": {"const": {"format": "x"}}}, ['{"format":"x"}'], ["{}"]),
         ({"kind": "regex", "grammar": "(yes|no)/[0-9]{2}"}, ["yes/12"], ["yes/1", "maybe/12"]),
         ({"kind": "lark", "grammar": 'start: "a" b+\nb: "x" | "y"'}, ["axyx"], ["a", "ax "]),
         ({"kind": "lark", "grammar": 'start: <|user|> "hi"'}, ["<|user|>hi"], ["hi"]),
@@ -147,11 +151,11 @@ def test_a_tool_that_cannot_be_kept_is_named(text: ModelText, tokenizer: Any) ->
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_special_tokens_are_those_that_llguidance_takes_for_such(special: bool) -> None:
+def test_special_tokens_are_those_that_masks_take_for_such(special: bool) -> None:
     made = byte_tokenizer()
     made.add_tokens(
         [AddedToken(one, special=special) for one in ("<tool_call>", "<|x|>", "[ARGS]", "<a", "b>", "c", "<>")]
     )
-    known = LLTokenizer(made.to_str())
-    for number, token in made.get_added_tokens_decoder().items():
-        assert is_special(token) == known.is_special_token(number), token
+    for known in (LLTokenizer(made.to_str()), mask_tokenizer(made.to_str().encode(), [])):
+        for number, token in made.get_added_tokens_decoder().items():
+            assert is_special(token) == known.is_special_token(number), token

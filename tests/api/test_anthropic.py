@@ -56,6 +56,21 @@ async def test_a_message_is_streamed(claude: anthropic.AsyncAnthropic, household
     assert final.usage.output_tokens == len(household.ids(household.reply)) + 1
 
 
+async def test_an_answer_in_a_form(claude: anthropic.AsyncAnthropic, household: FakeHousehold) -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    await claude.messages.create(**ASK, output_config={"format": {"type": "json_schema", "schema": schema}})
+    (asked,) = household.requests
+    assert asked.constraint is not None and "on" in asked.constraint.grammar
+
+
+async def test_a_conversation_that_is_not_kept_is_sent_whole(claude: anthropic.AsyncAnthropic) -> None:
+    """The official client starts it anew by itself when it hears this code."""
+    await claude.messages.create(**ASK, extra_body={"thread": {"type": "create"}})
+    with pytest.raises(anthropic.NotFoundError, match="send all messages") as told:
+        await claude.messages.create(**ASK, extra_body={"thread": {"type": "continue", "previous_message_id": "msg_1"}})
+    assert told.value.body["error"]["details"] == {"error_code": "thread_not_found"}  # type: ignore[index]
+
+
 async def test_every_event_has_its_name_and_its_place(client: aiohttp.ClientSession) -> None:
     async with client.post(PATH, json={**ASK, "stream": True}) as response:
         events = (await response.text()).removesuffix("\n\n").split("\n\n")

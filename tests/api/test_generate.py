@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import ollama
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.prompt_template import MAX_TEMPLATE_CHARS, prompt_of
 from peerllm.api.server import ApiServer
 from peerllm.api.text.fill_in import fill_in_form
-from peerllm.api.text.model_text import ModelText
+from peerllm.api.text.model_text import ModelText, PromptLengthError
 from tests.api.fake import CONTEXT, END, FakeHousehold, byte_tokenizer, make_model_dir
 from tests.api.relay_pair import Pair
 from tests.api.templates import HERMES
@@ -179,6 +178,11 @@ def test_what_closes_an_earlier_answer_is_the_templates(tmp_path: Path) -> None:
     found = text.prompt([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], CONTEXT, after=[1, 2])
     assert found == [1, 2, *ids("<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n").ids]
     base = make_model_dir(tmp_path / "base", template=None)
-    assert json.loads((base / "tokenizer_config.json").read_text()).get("chat_template") is None
-    found = ModelText(base).prompt([{"role": "user", "content": "u"}], CONTEXT, after=[1, 2])
-    assert found == [1, 2, *ids("u").ids] and END not in found
+    begins = byte_tokenizer()
+    begins.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", END)])
+    begins.save(str(base / "tokenizer.json"))
+    said = [{"role": "user", "content": "u"}]
+    assert ModelText(base).prompt(said, CONTEXT) == [END, *ids("u").ids]
+    assert ModelText(base).prompt(said, CONTEXT, after=[1, 2]) == [1, 2, *ids("u").ids], "no second beginning"
+    with pytest.raises(PromptLengthError, match="bytes"):
+        ModelText(base).prompt("x" * 30, CONTEXT, after=[1] * (CONTEXT - 3))

@@ -123,7 +123,7 @@ def test_pages_of_other_sites_cannot_embed_anything(site: str, path: str, allowe
         ({**JSON, "X-Api-Key": "wrong"}, 401),
         ({**JSON, "Authorization": f"bearer  {TOKEN}"}, 200),
         ({"Content-Type": "Application/JSON; charset=utf-8", **PAGE}, 200),
-        ({**PAGE, **BEARER}, 415),
+        ({**PAGE, **BEARER}, 200),
         ({**JSON, **PAGE, "Origin": "https://evil.example"}, 403),
         ({**JSON, **BEARER, "Origin": "https://evil.example"}, 403),
     ],
@@ -135,6 +135,7 @@ def test_changing_the_household_on_loopback(headers: dict[str, str], expected: i
 def test_chatting_on_loopback_needs_no_token_but_json() -> None:
     assert status(HOME, "POST", "/v1/chat/completions", {**JSON, "Authorization": "Bearer sk-anything"}) == 200
     assert status(HOME, "POST", "/v1/chat/completions", {"Content-Type": "text/plain"}) == 415
+    assert status(HOME, "POST", "/api/chat", {"Content-Type": "application/x-www-form-urlencoded", **BEARER}) == 200
 
 
 def test_what_is_deleted_by_name_needs_no_body() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer
 
 from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
@@ -22,6 +22,7 @@ from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.reasoning import ReasoningSplitter
 from peerllm.chat_templates import MARKS, Marks
+from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from tests.api.fake import END, byte_tokenizer
 from tests.sizes import FULL
 
@@ -60,7 +61,7 @@ def tokenizer(marks: frozenset[str], special: bool | None) -> Tokenizer:
 
 @cache
 def known(marks: frozenset[str], special: bool | None) -> Any:
-    return LLTokenizer(tokenizer(marks, special).to_str(), eos_token=[EOS_ID])
+    return mask_tokenizer(tokenizer(marks, special).to_str().encode(), [EOS_ID])
 
 
 class Walk:

@@ -14,8 +14,11 @@ import ollama
 import openai
 import pytest
 
+from peerllm.api.core import telling
+from peerllm.api.core.kept.kept_answer import KeptAnswer
 from peerllm.api.server import ApiServer
 from peerllm.daemon.facade import InheritedAnswer
+from peerllm.logprobs import packed
 from tests.api import templates
 from tests.api.fake import BOUND_S, FakeHousehold, chances, make_model_dir
 from tests.api.relay_pair import Pair
@@ -203,7 +206,10 @@ class TestCalls:
 async def test_a_kept_answer_has_them_too(client: aiohttp.ClientSession, household: FakeHousehold) -> None:
     known = expected(household, household.reply)
     events = await stream(client)
-    assert told(events) == told(await stream(client)) == known
+    again = await stream(client)
+    assert told(events) == told(again) == known
+    assert max(len(told([one])) for one in again) == 4, "the bytes of one character"
+    assert told(await stream(client, "9")) == known[8:], "of which the ninth was half of a character"
     for at, (number, _) in enumerate(events[:-1]):
         assert told(await stream(client, number)) == told(events[at + 1 :])
     assert (await whole(client, logprobs=True, top_logprobs=2))["choices"][0]["logprobs"]["content"] == known
@@ -272,3 +278,16 @@ async def test_an_answer_that_moves_tells_each_once(pair: Pair) -> None:
         mini.middle.set()
         text += await response.content.read()
     assert told(parsed(text.decode())) == expected(laptop, laptop.reply)
+
+
+async def test_they_count_where_answers_are_bounded(
+    client: aiohttp.ClientSession, household: FakeHousehold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = household.ids(household.reply)
+    kept = KeptAnswer("", b"", "", ids=ids, logprobs=[packed([(1, -0.5)] * 3)] * len(ids))
+    assert (kept.size, KeptAnswer("", b"", "", ids=ids).size) == (4 * len(ids), len(ids))
+    monkeypatch.setattr(telling, "MAX_WHOLE_CHARS", 2000)
+    async with client.post(PATH, json=ASK) as response:
+        assert response.status == 500 and "more than 2000" in await response.text()
+    async with client.post(PATH, json={"model": "builtin", "messages": HI}) as response:
+        assert response.status == 200

@@ -9,13 +9,14 @@ from typing import Any
 import ollama
 import pytest
 
+from peerllm.api.core import model_wait
 from peerllm.api.server import ApiServer
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.daemon.status.household_models import idle_models, with_asleep
 from peerllm.daemon.weights.known_models import all_names
 from peerllm.errors import InfeasibleError
-from tests.api.fake import FakeHousehold
+from tests.api.fake import BOUND_S, FakeHousehold
 
 HI = [{"role": "user", "content": "hi"}]
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,11 +39,12 @@ async def lama(server: ApiServer) -> ollama.AsyncClient:
      f"hf.co/{SMOL}"],
 )  # fmt: skip
 async def test_a_request_under_any_name_starts_it_once(
-    lama: ollama.AsyncClient, household: FakeHousehold, name: str
+    lama: ollama.AsyncClient, household: FakeHousehold, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model_wait, "UNKNOWN_S", 2 * BOUND_S)  # that nothing runs is no reason to wait
     household.served = [on_disk("smollm2")]
     asked = [lama.chat(name, HI, keep_alive=10) for _ in range(3)]
-    answers = await asyncio.gather(*asked)
+    answers = await asyncio.wait_for(asyncio.gather(*asked), BOUND_S)
     assert [one.message.content for one in answers] == [household.reply] * 3
     assert household.calls == [("start", "smollm2")]
     assert {one.keep_alive_s for one in household.requests} == {10.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from peerllm import request_ids
 from peerllm.api.anthropic.anthropic_objects import (
@@ -133,9 +133,14 @@ def _stop(ends: AnswerEnds) -> MessageStop:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
+class ErrorDetails(TypedDict):
+    error_code: str
+
+
 class AnthropicErrorPart(ErrorMore):
     type: str
     message: str
+    details: NotRequired[ErrorDetails]
 
 
 class AnthropicError(TypedDict):
@@ -147,5 +152,8 @@ class AnthropicError(TypedDict):
 def anthropic_error(facts: ErrorFacts) -> AnthropicError:
     """{"type": "error", "error": {"type", "message"}, "request_id"}, with what is ours beside them."""
     kind = _TYPES.get(facts.status, "invalid_request_error" if facts.status < 500 else "api_error")
-    error: AnthropicErrorPart = {"type": kind, "message": facts.message, **facts.more}
+    more = cast("AnthropicErrorPart", facts.more)
+    error: AnthropicErrorPart = {**more, "type": kind, "message": facts.message}
+    if facts.code:
+        error["details"] = {"error_code": facts.code}
     return {"type": "error", "error": error, "request_id": request_ids.current()}

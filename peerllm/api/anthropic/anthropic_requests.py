@@ -13,6 +13,7 @@ from peerllm.api.core.generation import (
     MAX_NAME_CHARS,
     MAX_STOPS,
     MAX_TOOLS,
+    AnswerForm,
     CalledTool,
     ChatMessage,
     Generation,
@@ -115,6 +116,32 @@ class AnthropicChoice(Struct):
         return self.name if self.type == "tool" else "required" if self.type == "any" else self.type
 
 
+class OutputForm(Struct):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct):
+    format: OutputForm | None = None
+
+
+class UnknownThreadError(FieldError):
+    """A client that hears this sends the whole conversation."""
+
+    http_status = 404
+
+
+class ThreadBody(Struct):
+    """Of a conversation that Anthropic keeps: the first turn is as any, later ones are not known here."""
+
+    type: str
+
+    def check(self) -> None:
+        if self.type == "continue":
+            what = "thread: conversations are not kept here; send all messages"
+            raise UnknownThreadError(what, "thread", "thread_not_found")
+
+
 class AnthropicPrompt(Struct, kw_only=True):
     """All that the model reads: what /v1/messages/count_tokens counts."""
 
@@ -124,8 +151,12 @@ class AnthropicPrompt(Struct, kw_only=True):
     tools: Annotated[list[AnthropicTool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: ThinkingBody | None = None
+    output_config: OutputConfig | None = None
+    thread: ThreadBody | None = None
 
     def generation(self) -> Generation:
+        if self.thread is not None:
+            self.thread.check()
         if self.messages[-1].role == "assistant":
             raise FieldError(
                 "messages must end with one of the user: an answer cannot be begun for the model", "messages"
@@ -136,6 +167,7 @@ class AnthropicPrompt(Struct, kw_only=True):
             messages += one.messages(f"messages[{index}].content")
         tools = (one.tool(f"tools[{index}]") for index, one in enumerate(self.tools or ()))
         choice = self.tool_choice
+        form = self.output_config.format if self.output_config is not None else None
         wanted = Generation(
             model=self.model,
             messages=tuple(messages),
@@ -143,8 +175,9 @@ class AnthropicPrompt(Struct, kw_only=True):
             tool_choice=choice.choice() if choice is not None else "",
             parallel_calls=choice is None or not choice.disable_parallel_tool_use,
             reasoning=self.thinking is not None and self.thinking.type != "disabled",
+            answer_form=AnswerForm("schema", form.schema) if form is not None else None,
         )
-        return checked(wanted, {})
+        return checked(wanted, {"answer_form": "output_config.format"})
 
 
 class AnthropicBody(AnthropicPrompt, kw_only=True):

@@ -109,12 +109,16 @@ class WaitingWords:
 
 async def _known(app: web.Application, name: str, only_here: bool) -> ServedModel:
     """The model as it is; UnknownModelError at once where there are others, after UNKNOWN_S where there is none."""
+    try:
+        return find_model(app, name, only_here)
+    except UnknownModelError:
+        if only_here or not nothing_served(app):
+            raise
     begun = time.monotonic()
-    if not only_here and nothing_served(app):
-        async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), UNKNOWN_S)) as pulse:
-            async for _ in pulse:
-                if not nothing_served(app) or time.monotonic() - begun >= UNKNOWN_S:
-                    break
+    async with aclosing(pulsed(each(app[HOUSEHOLD].changed()), UNKNOWN_S)) as pulse:
+        async for _ in pulse:
+            if not nothing_served(app) or time.monotonic() - begun >= UNKNOWN_S:
+                break
     return find_model(app, name, only_here)
 
 

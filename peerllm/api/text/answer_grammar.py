@@ -21,6 +21,9 @@ from peerllm.errors import BadInputError, PeerLLMError
 MAX_REASON_CHARS = 300
 # Between JSON's signs: a model that may write any white space writes it without end.
 JSON_OPTIONS: Any = {"whitespace_pattern": " ?"}
+# Those of strings that are kept.
+_FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # what stands there is no schema
 _SPACE = r"/\s{0,4}/"  # behind a thought
 _FIRST_SPECIAL = 257  # id in `_Bytes`
 
@@ -119,7 +122,24 @@ def _thought(marks: ModelMarks, free: bool) -> tuple[str, list[str]]:
 
 
 def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return _first(LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS))
+    try:
+        kept = _known_formats(schema)
+    except RecursionError:
+        raise _refused("the schema is nested too deeply") from None
+    return _first(LLMatcher.grammar_from_json_schema(kept, overrides=JSON_OPTIONS))
+
+
+def _known_formats(schema: Any) -> Any:
+    """Without the formats of strings that cannot be kept: they are notes, as "password" is."""
+    if isinstance(schema, list):
+        return [_known_formats(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        name: value if name in _VALUES else _known_formats(value)
+        for name, value in schema.items()
+        if name != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def _first(whole: str) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Question:
     stop: tuple[str, ...] = ()
     form: Any = None
     think: bool | None = None
+    must_call: bool = False
+    chances: bool = False  # how likely each token was
 
     def but(self, **other: Any) -> Question:
         return replace(self, **other)
@@ -55,6 +57,7 @@ class Said:
     answer_tokens: int | None = None
     pieces: int = 0
     argument_pieces: int = 0
+    chances: list[float] = field(default_factory=list)  # logarithms
 
 
 class Client:
@@ -94,6 +97,10 @@ class Client:
         """What the model writes behind it, greedily, 12 tokens."""
         raise NotImplementedError
 
+    def responded(self, text: str, stream: bool) -> str:
+        """What is said to it through OpenAI's Responses, greedily."""
+        raise NotImplementedError
+
     def set_up(self) -> None:
         """What the tool asks when it is set up, and then every now and then."""
         raise NotImplementedError
@@ -110,6 +117,6 @@ class Client:
 EVERY = ("list of models", "whole answer", "streamed answer", "system message", "several turns", "stop strings",
          "cut by a limit", "usage", "call of a tool", "calls in parallel", "result of a tool",
          "arguments in pieces", "JSON object", "JSON schema", "text continued", "vectors", "thought apart",
-         "thinking off", "unknown model", "wrong key", "wrong field", "hanging up", "asked twice", "set-up",
+         "thinking off", "tool that must be called", "log probabilities", "Responses",
+         "unknown model", "wrong key", "wrong field", "hanging up", "asked twice", "set-up",
          "how long it stays")  # fmt: skip
-CHAT = frozenset(EVERY[:14]) | frozenset(EVERY[15:23]) - {"text continued"}

@@ -22,7 +22,9 @@ class Llm(Client):
     """By its file of further models, with its Python API; the list of models and a schema with its command."""
 
     name = "llm"
-    cells = frozenset(EVERY) - {"arguments in pieces", "how long it stays", "set-up"}
+    cells = frozenset(EVERY) - {
+        "arguments in pieces", "how long it stays", "set-up", "tool that must be called",
+        "log probabilities"}  # fmt: skip
     failing: ClassVar = OpenAI.failing
     shows_thought = False
     wrong = say("Hello.", model="nothing", max_tokens=0)  # it looks at the temperature itself
@@ -33,6 +35,7 @@ class Llm(Client):
         chat = {"supports_schema": True, "supports_tools": True, "reasoning": True, **about}
         models = [{"model_id": f"home-{one}", "model_name": one, **chat} for one in (MODEL, PARROT, "nothing")]
         models.append({"model_id": "home-text", "model_name": MODEL, "completion": True, **about})
+        models.append({"model_id": "home-responses", "model_name": MODEL, "responses": True, **about})
         (self.folder / "extra-openai-models.yaml").write_text(yaml.safe_dump(models))
         (self.folder / "keys.json").write_text(json.dumps({"home": self.key}))
         place = {"LLM_USER_PATH": str(self.folder), "OPENAI_BASE_URL": f"{self.url}/v1", "OPENAI_API_KEY": self.key}
@@ -88,6 +91,10 @@ class Llm(Client):
             next(pieces)
             pieces.close()
 
+    def responded(self, text: str, stream: bool) -> str:
+        with self._llm() as llm:
+            return str(llm.get_model("home-responses").prompt(text, stream=stream, temperature=0).text())
+
     def vectors(self, texts: list[str]) -> list[list[float]]:
         with self._llm() as llm:
             return [list(one) for one in llm.get_embedding_model(VECTORS).embed_multi(texts)]
@@ -138,6 +145,8 @@ class LangChain(Client):
         said.text, said.finish = whole.content, _finish(whole)
         said.thought = whole.additional_kwargs.get("reasoning_content", "")
         said.calls = [(one["name"], one["args"]) for one in whole.tool_calls]
+        told = whole.response_metadata.get("logprobs") or {}
+        said.chances = [one["logprob"] for one in told.get("content") or ()]
         said.prompt_tokens = whole.usage_metadata["input_tokens"]
         said.answer_tokens = whole.usage_metadata["output_tokens"]
         return said
@@ -183,6 +192,8 @@ class LangChainOpenAI(LangChain):
         from langchain_openai import ChatOpenAI
 
         more: dict[str, Any] = {"reasoning_effort": "none"} if question.think is False else {}
+        if question.chances:
+            more["logprobs"] = True
         made = ChatOpenAI(
             model=question.model,
             temperature=question.temperature,
@@ -194,11 +205,16 @@ class LangChainOpenAI(LangChain):
         )
         if question.form == "json":
             return made.bind(response_format={"type": "json_object"})
-        return (
-            made.bind_tools([{"type": "function", "function": one} for one in question.tools])
-            if question.tools
-            else made
-        )
+        if not question.tools:
+            return made
+        choice = "any" if question.must_call else None
+        return made.bind_tools([{"type": "function", "function": one} for one in question.tools], tool_choice=choice)
+
+    def responded(self, text: str, stream: bool) -> str:
+        from langchain_openai import ChatOpenAI
+
+        chat = ChatOpenAI(model="builtin", temperature=0, use_responses_api=True, **self._about())
+        return "".join(one.text for one in chat.stream(text)) if stream else str(chat.invoke(text).text)
 
     def vectors(self, texts: list[str]) -> list[list[float]]:
         from langchain_openai import OpenAIEmbeddings

@@ -62,6 +62,10 @@ class OpenAI(Client):
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if question.think is False:
             body["reasoning_effort"] = "none"
+        if question.must_call:
+            body["tool_choice"] = "required"
+        if question.chances:
+            body |= {"logprobs": True, "top_logprobs": 2}
         return body
 
     def ask(self, question: Question) -> Said:
@@ -74,9 +78,10 @@ class OpenAI(Client):
         calls = [(one.function.name, json.loads(one.function.arguments)) for one in message.tool_calls or ()]
         thought = getattr(message, "reasoning_content", "")
         usage = made.usage
-        return Said(
-            message.content or "", thought, calls, choice.finish_reason, usage.prompt_tokens, usage.completion_tokens
-        )
+        chances = [one.logprob for one in choice.logprobs.content or ()] if choice.logprobs is not None else []
+        said = Said(message.content or "", thought, calls, choice.finish_reason, chances=chances)
+        said.prompt_tokens, said.answer_tokens = usage.prompt_tokens, usage.completion_tokens
+        return said
 
     def _streamed(self, client: openai.OpenAI, question: Question) -> Said:
         said, calls, ids = Said(), dict[int, list[str]](), set[str]()
@@ -111,6 +116,15 @@ class OpenAI(Client):
         assert [one.embedding for one in made.data] == [one.embedding for one in floats.data]
         return [one.embedding for one in made.data]
 
+    def responded(self, text: str, stream: bool) -> str:
+        with self._client() as client:
+            if not stream:
+                return client.responses.create(model="builtin", input=text, temperature=0).output_text
+            with client.responses.stream(model="builtin", input=text, temperature=0) as events:
+                said = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+                assert events.get_final_response().output_text == said
+        return said
+
     def continued(self, text: str) -> str:
         with self._client() as client:
             made = client.completions.create(model="builtin", prompt=text, max_tokens=12, temperature=0)
@@ -124,7 +138,7 @@ _FINISHES = {"max_tokens": "length", "tool_use": "tool_calls", "end_turn": "stop
 
 class Anthropic(Client):
     name = "anthropic"
-    cells = OpenAI.cells - {"list of models", "JSON object", "JSON schema", "vectors", "text continued"}
+    cells = OpenAI.cells - {"JSON object", "vectors", "text continued", "log probabilities", "Responses"}
     failing: ClassVar = OpenAI.failing
 
     def _client(self) -> anthropic.Anthropic:
@@ -158,9 +172,17 @@ class Anthropic(Client):
                 {"name": one["name"], "description": one["description"], "input_schema": one["parameters"]}
                 for one in question.tools
             ]
+        if question.form:
+            body["output_config"] = {"format": {"type": "json_schema", "schema": question.form}}
+        if question.must_call:
+            body["tool_choice"] = {"type": "any"}
         if question.think:
             body["thinking"] = {"type": "enabled", "budget_tokens": 1024}
         return body
+
+    def models(self) -> list[str]:
+        with self._client() as client:
+            return [one.id for one in client.models.list()]
 
     def ask(self, question: Question) -> Said:
         said = Said()

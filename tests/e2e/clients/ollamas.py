@@ -25,7 +25,8 @@ MISSING = "home/parrot"  # what is not there before a client pulls it
 class OllamaClient(Client):
     """What those that speak to Ollama have in common; each sends with `_chat`."""
 
-    cells = frozenset(EVERY) - {"arguments in pieces", "set-up"}
+    cells = frozenset(EVERY) - {
+        "arguments in pieces", "set-up", "tool that must be called", "Responses", "log probabilities"}  # fmt: skip
     failing: ClassVar[dict[str, str]] = dict.fromkeys(("unknown model", "wrong key", "wrong field"), "ResponseError")
 
     @property
@@ -64,6 +65,7 @@ class OllamaClient(Client):
             said.text += message["content"]
             said.pieces += bool(message["content"])
             said.thought += message.get("thinking") or ""
+            said.chances += [one["logprob"] for one in part.get("logprobs") or ()]
             for call in message.get("tool_calls") or ():
                 said.calls.append((call["function"]["name"], dict(call["function"]["arguments"])))
             if part["done"]:
@@ -90,6 +92,7 @@ class OllamaClient(Client):
 
 class Ollama(OllamaClient):
     name = "ollama"
+    cells = OllamaClient.cells | {"log probabilities"}
 
     def _client(self) -> ollama.Client:
         return ollama.Client(self.url, headers=self.headers)
@@ -111,6 +114,7 @@ class Ollama(OllamaClient):
             "format": question.form,
             "think": question.think,
             "stream": question.stream,
+            "logprobs": question.chances or None,
         }
 
     def _chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

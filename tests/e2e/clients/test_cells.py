@@ -187,6 +187,27 @@ def unthought(client: Client, demo: list[Device]) -> None:
     assert (said.text, said.thought) == (scripted_model.UNTHOUGHT, "")
 
 
+def must(client: Client, demo: list[Device]) -> None:
+    """The built-in model knows no tools: masks make it call, and in the form of the arguments."""
+    lamp = {"name": "lamp", "description": "Switch a lamp", "parameters": SCHEMA}
+    said = client.ask(LIGHTS.but(tools=(lamp,), must_call=True))
+    ((name, given),) = said.calls
+    Draft202012Validator(SCHEMA).validate(given)
+    assert (name, said.finish) == ("lamp", "tool_calls")
+
+
+def chances(client: Client, demo: list[Device]) -> None:
+    said = client.ask(LIGHTS.but(chances=True))
+    assert said.answer_tokens is not None and 0 <= said.answer_tokens - len(said.chances) <= 1
+    assert all(-3 < one <= 0 for one in said.chances), "the likeliest tokens"
+
+
+def responses(client: Client, demo: list[Device]) -> None:
+    wanted = truth(demo, LIGHTS).text
+    for stream in (False, True):
+        assert client.responded(LIGHTS.messages[0]["content"], stream) == wanted
+
+
 def unknown(client: Client, demo: list[Device]) -> None:
     _refused(client, "unknown model", LIGHTS.but(model="nothing"), 404, "no model 'nothing")
 
@@ -255,8 +276,8 @@ def _quick(client: type[Client], cell: str) -> bool:
 
 CHECKS: dict[str, Callable[[Client, list[Device]], None]] = dict(
     zip(EVERY, (models, whole, streamed, system, turns, stops, limit, usage, call, calls, result, arguments,
-                json_object, schema, continued, vectors, thought, unthought, unknown, wrong_key, wrong_field,
-                hanging_up, twice, set_up, staying), strict=True)
+                json_object, schema, continued, vectors, thought, unthought, must, chances, responses,
+                unknown, wrong_key, wrong_field, hanging_up, twice, set_up, staying), strict=True)
 )  # fmt: skip
 CELLS = [
     pytest.param(client, cell, id=f"{client.name}, {cell}", marks=() if _quick(client, cell) else pytest.mark.slow)

@@ -121,7 +121,7 @@ class KeptAnswer:
         while True:
             # As it is now: what comes while the reader deals with a chunk is the next chunk's, its end above all.
             seen, fresh, finish, error = self._changes, tuple(self.ids[told:]), self.finish, self.error
-            logprobs = tuple(self.logprobs[told : told + len(fresh)])
+            logprobs = tuple(self.logprobs[told:])
             told += len(fresh)
             if fresh or finish is not None:
                 yield Chunk(fresh, finish, reused=self.reused, logprobs=logprobs)

@@ -83,8 +83,6 @@ class TokenPlaces:
         """With the tokens of the text from there on; those before it are no words, or were said."""
         end, tokens = start + len(words.text), list[ToldToken]()
         while self._placed and self._placed[0].start < end:
-            if words.thought and self._placed[0].end > end:  # the rest of it may be said
-                break
             one = self._placed.popleft()
             if one.end > start and one.logprobs and not words.thought:
                 tokens.append(self._token(one, self._said + max(0, one.start - start)))
