@@ -1,8 +1,9 @@
 """Who may call which route. One pure decision, applied to every route by one middleware.
 
 Bound to loopback, whoever has an account on this machine may chat; what must be kept out is the web: a page of another
-origin (its Origin or Sec-Fetch-Site gives it away, or that it has neither the JSON content type nor a token in a
-header) and a foreign name that resolves to 127.0.0.1 (DNS rebinding; its Host gives it away).
+origin (its Origin or Sec-Fetch-Site gives it away, or that it has neither the JSON content type, nor any key in a
+header, nor curl's name: a page can add none of them without a preflight) and a foreign name that resolves to 127.0.0.1
+(DNS rebinding; its Host gives it away).
 Bound to any other address, every route needs the token, as
 `Authorization: Bearer TOKEN`, as `X-Api-Key: TOKEN`, or as the cookie that `/?token=TOKEN` sets. What changes the
 household (POST below /peerllm/) needs, on top of the rules above, the token in one of these headers or the header
@@ -29,6 +30,7 @@ ADMIN_PREFIX = "/peerllm/"
 PAGE_PATH = "/"
 PAGE_HEADER = "X-PeerLLM"
 API_KEY_HEADER = "X-Api-Key"  # where Anthropic's clients put the token
+TYPED = ("curl/", "Wget/")  # as people type them, they do not say that a body is JSON
 COOKIE_AGE_S = 30 * 24 * 3600  # seconds the page stays signed in
 _READING = ("GET", "HEAD")
 _WHERE = "the file `token` in its data directory"
@@ -104,7 +106,7 @@ class Guard:
             return None
         kind = call.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         bare = call.method == "DELETE" and not kind  # never without a preflight, and no foreign page has the token
-        if kind != "application/json" and not bare and not any(map(self.opens, _tokens(call))):
+        if kind != "application/json" and not bare and not any(_tokens(call)) and not _typed(call):
             return Refusal(415, "send the body as Content-Type: application/json")
         if not call.path.startswith(ADMIN_PREFIX) or owner:
             return None
@@ -153,6 +155,11 @@ class Guard:
 def _tokens(call: Call) -> tuple[str, str]:
     scheme, _, given = call.headers.get("Authorization", "").partition(" ")
     return given.strip() if scheme.lower() == "bearer" else "", call.headers.get(API_KEY_HEADER, "")
+
+
+def _typed(call: Call) -> bool:
+    """Whether it comes from a command line: browsers have other names."""
+    return call.headers.get("User-Agent", "").startswith(TYPED)
 
 
 def host_name(host: str) -> str:

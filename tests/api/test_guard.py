@@ -138,6 +138,23 @@ def test_chatting_on_loopback_needs_no_token_but_json() -> None:
     assert status(HOME, "POST", "/api/chat", {"Content-Type": "application/x-www-form-urlencoded", **BEARER}) == 200
 
 
+@pytest.mark.parametrize("form", [{"Content-Type": "application/x-www-form-urlencoded"}, {}])
+def test_what_a_person_types_on_loopback_need_not_say_that_it_is_json(form: dict[str, str]) -> None:
+    for sign in (
+        {"User-Agent": "curl/8.5.0"},
+        {"User-Agent": "Wget/1.21"},
+        {"X-Api-Key": "any"},
+        {"Authorization": "Bearer any"},
+    ):
+        for method, path in (("POST", "/api/chat"), ("DELETE", "/api/delete")):
+            assert status(HOME, method, path, {**form, **sign}) == 200
+            assert status(HOME, method, path, {**form, **sign, "Origin": "https://evil.example"}) == 403
+        assert status(HOME, "POST", "/peerllm/v1/run", {**form, **sign}) == 401
+        assert status(OPEN, "POST", "/api/chat", {**form, **sign}) == 401
+    for sign in ({"User-Agent": "Mozilla/5.0 curl/8"}, {"Authorization": "Basic eDp5"}, {"X-Api-Key": ""}):
+        assert status(HOME, "POST", "/api/chat", {**form, **sign}) == 415
+
+
 def test_what_is_deleted_by_name_needs_no_body() -> None:
     path = "/v1/responses/resp_1"
     assert [status(HOME, method, path, {}) for method in ("DELETE", "POST", "PUT")] == [200, 415, 415]
