@@ -57,12 +57,16 @@ def _ask(device: LocalDevice, body: dict[str, Any], messages: list[dict[str, str
 
 def only_model(device: LocalDevice) -> str:
     """The one model of the household; NotFoundError if there is none, or a choice to be made."""
-    names = [one["id"] for one in device.get("/v1/models")["data"] if one["state"] != IDLE]
+    found: dict[tuple[str, int], str] = {}  # a model's other names come behind its own
+    for one in device.get("/v1/models")["data"]:
+        if one["state"] != IDLE:
+            found.setdefault((one["model"], one["created"]), one["id"])
+    names = list(found.values())
     if not names:
         raise NotFoundError("the household has no model; start one with: peerllm run builtin")
     if len(names) > 1:
         raise NotFoundError(f"the household has several models; choose one with --model: {', '.join(names)}")
-    return str(names[0])
+    return names[0]
 
 
 def _unheard(_: str) -> None:
