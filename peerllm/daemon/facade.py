@@ -103,6 +103,7 @@ class ServedModel:
     abilities: tuple[str, ...] = ()  # besides going on with a text: "tools", "thinking", "embedding"
     disk_bytes: int = 0  # of its files, where it is known only as a model on a disk
     details: ModelDetails = ModelDetails()
+    alias: bool = False  # `name` is another name that a client gave a model
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,14 @@ async def test_models_are_listed_and_shown(lama: ollama.AsyncClient, household: 
         assert shown.license == "Do as you like."
 
 
+async def test_another_name_does_not_take_the_place_of_the_models_own(
+    lama: ollama.AsyncClient, household: FakeHousehold
+) -> None:
+    household.served = [replace(household.model, name="a", alias=True), household.model]
+    assert [one.model for one in (await lama.list()).models] == [BUILTIN, "a:latest"]
+    assert [one.model for one in (await lama.ps()).models] == [BUILTIN]
+
+
 async def test_it_says_that_it_is_there(client: aiohttp.ClientSession) -> None:
     async with client.head("/") as response:
         assert response.status == 200

@@ -160,6 +160,7 @@ async def test_other_names(hub, shelf, tmp_path):
     assert [(one.name, one.model, one.state) for one in models] == [
         ("builtin", "builtin", IDLE_MODEL), ("gpt-4", "builtin", IDLE_MODEL),
     ]  # fmt: skip
+    assert [one.alias for one in models] == [False, True]
     for name, why in (("a/b", "no name"), ("", "no name"), ("Builtin", "already"), ("x" * 65, "no name")):
         with pytest.raises(BadInputError, match=why):
             await again.alias(name, "builtin")

@@ -22,10 +22,10 @@ _BEST = (
 
 def listed_models(app: web.Application) -> list[ServedModel]:
     """The household's models, the oldest first: the same on every device. Those about to be started here come after
-    them, and last those that are on a disk only.
+    them, and last those that are on a disk only. A model's own name precedes those that clients gave it.
     """
     found = [model for model in _models(app) if model.state not in _GONE]
-    return sorted(found, key=lambda one: (one.state == IDLE_MODEL, not one.created, one.created, one.name))
+    return sorted(found, key=lambda one: (one.state == IDLE_MODEL, not one.created, one.created, one.alias, one.name))
 
 
 def find_model(app: web.Application, name: str, only_here: bool = False) -> ServedModel:

@@ -123,7 +123,7 @@ def idle_models(
     for name, meant in aliases.items():
         target = next((one for one in every if meant in (one.model.lower(), one.name.lower(), *one.names)), None)
         if target is not None and name.lower() not in seen:
-            found.append(replace(target, name=name, names=frozenset({name.lower()})))
+            found.append(replace(target, name=name, names=frozenset({name.lower()}), alias=True))
     return found
 
 
