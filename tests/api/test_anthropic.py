@@ -197,8 +197,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop_sequences": "x"}, "stop_sequences"),
     ({"tools": [{"name": "", "input_schema": {}}]}, "tools[0].name"),
     ({"tools": [{"name": "web_search", "type": "web_search_20250305"}]}, "tools[0]: tools of type"),
-    ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice: there is no tool 'f'"),
-    ({"tool_choice": {"type": "any"}}, "tool_choice: there is no tool"),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice: there are no tools"),
+    ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
+    ({"tool_choice": {"type": "tool", "name": "f"}, "tools": [{"name": "g"}]}, "tool_choice: there is no tool 'f'"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name is missing"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "does not support thinking"),
 ]

@@ -82,6 +82,14 @@ async def test_each_prompt_has_its_answers(ai: openai.AsyncOpenAI, household: Fa
     ]
 
 
+async def test_an_empty_prompt_is_said_to_be_empty(client: aiohttp.ClientSession) -> None:
+    for prompt in ("", []):
+        async with client.post(PATH, json={"model": "builtin", "prompt": prompt}) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (400, None), error
+            assert "empty" in error["message"] or "length >= 1" in error["message"]
+
+
 async def test_several_answers_are_streamed_side_by_side(ai: openai.AsyncOpenAI, household: FakeHousehold) -> None:
     texts = {0: "", 1: "", 2: ""}
     roles, finished = [], []

@@ -92,14 +92,15 @@ async def test_what_is_too_long_is_cut_or_refused(
     with pytest.raises(ollama.ResponseError, match="context"):
         await lama.embed("builtin", "x" * 3 * CONTEXT, truncate=False)
     for given in ("x" * CONTEXT, [1] * CONTEXT):
-        with pytest.raises(openai.BadRequestError, match="context"):
+        with pytest.raises(openai.BadRequestError, match="context") as refused:
             await official.embeddings.create(model="builtin", input=given)
+        assert refused.value.param == "input"
 
 
 @pytest.mark.parametrize(
     ("body", "where"),
     [
-        ({}, "input"), ({"input": []}, "input"), ({"input": ""}, "input|prompt"), ({"input": [1, "a"]}, "input"),
+        ({}, "input"), ({"input": []}, "input"), ({"input": ""}, "input is empty"), ({"input": [1, "a"]}, "input"),
         ({"input": [[]]}, "input"), ({"input": [999_999]}, "token id"), ({"input": "a", "dimensions": 0}, "dimensions"),
         ({"input": "a", "dimensions": 5}, "dimensions"), ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ({"input": ["a"] * (embeddings.MAX_INPUTS + 1)}, "at most"),

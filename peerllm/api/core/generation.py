@@ -159,7 +159,8 @@ def checked(wanted: Generation, names: Mapping[str, str]) -> Generation:
     if len(set(offered)) < len(offered):
         raise FieldError("tools: two have the same name", "tools")
     if wanted.tool_choice not in ("", "auto", "none", *(("required",) if offered else ()), *offered):
-        raise FieldError(f"tool_choice: there is no tool {wanted.tool_choice[:80]!r} among the tools", "tool_choice")
+        what = f"there is no tool {wanted.tool_choice[:80]!r} among the tools"
+        raise FieldError(f"tool_choice: {what if offered else 'there are no tools to call'}", "tool_choice")
     calls = wanted.calls()
     if calls.keep and len(msgspec.json.encode(calls.tools)) > MAX_KEPT_TOOLS_BYTES:
         what = f"tools whose calls are enforced are larger than {MAX_KEPT_TOOLS_BYTES >> 10} KiB: offer fewer of them"

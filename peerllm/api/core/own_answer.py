@@ -94,7 +94,9 @@ async def _prompt(app: web.Application, text: AnswerText, wanted: Generation, co
         return await app[TEXTS].prompt(text, filled, context, asker, after=wanted.after)
     if not all(text.knows(one) for one in wanted.prompt):
         raise FieldError("prompt has a token id that the model does not know", "prompt")
-    if not 0 < len(wanted.prompt) < context:
+    if not wanted.prompt:
+        raise FieldError("the prompt is empty: send a text that the model can go on with", "prompt")
+    if len(wanted.prompt) >= context:
         what = f"the prompt has {len(wanted.prompt)} tokens; the model's context holds {context}, answer included"
         raise FieldError(what, "prompt", "context_length_exceeded")
     return list(wanted.prompt)

@@ -59,8 +59,13 @@ async def _ids(app: web.Application, wanted: Generation, model: ServedModel, cal
     text = await app[TEXTS].model(model.deployment, model.model_dir)
     most = model.context - 1
     if isinstance(wanted.prompt, str):
+        if not wanted.prompt:
+            raise FieldError("input is empty", "input")
         room = model.context * (CUT_TIMES if wanted.truncates else 1)
-        ids = await app[TEXTS].prompt(text, wanted.prompt, room, caller.asker)
+        try:
+            ids = await app[TEXTS].prompt(text, wanted.prompt, room, caller.asker)
+        except FieldError as error:
+            raise FieldError(str(error), "input", error.code) from error
     else:
         ids = list(wanted.prompt)
         if not all(text.knows(one) for one in ids):

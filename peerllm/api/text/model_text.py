@@ -108,7 +108,9 @@ class ModelText:
         if most_bytes is not None and len(text.encode()) > most_bytes:
             raise PromptLengthError(f"the prompt has {len(text.encode())} bytes; this device takes {most_bytes}")
         ids = [*after, *self._tokenizer.encode(text, add_special_tokens=chat is None and not after).ids]
-        if not 0 < len(ids) < context:
+        if not ids:
+            raise BadInputError("the prompt is empty: send a text that the model can go on with")
+        if len(ids) >= context:
             what = f"the prompt has {len(ids)} tokens; the model's context holds {context}, answer included"
             raise PromptLengthError(what)
         return ids
