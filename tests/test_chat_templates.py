@@ -22,6 +22,7 @@ NAMED = [{"name": "tool_use", "template": PLAIN}, {"name": "default", "template"
         ({"tokenizer_config.json": {"chat_template": PLAIN}}, ("tools",)),
         ({"tokenizer_config.json": {"chat_template": NAMED}}, ("tools", "thinking")),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, ("tools",)),
+        ({"tokenizer_config.json": {"chat_template": [{"name": [], "template": PLAIN}, *NAMED[:1]]}}, ("tools",)),
         ({"tokenizer_config.json": {"chat_template": 3}}, ()),
         ({"tokenizer_config.json": [3]}, ()),
         ({"chat_template.json": {"chat_template": PLAIN + "[THINK][/THINK]"}}, ("tools", "thinking")),
