@@ -1,8 +1,9 @@
 """Who may call which route. One pure decision, applied to every route by one middleware.
 
 Bound to loopback, whoever has an account on this machine may chat; what must be kept out is the web: a page of another
-origin (its Origin, Sec-Fetch-Site or missing JSON content type gives it away) and a foreign name that resolves to
-127.0.0.1 (DNS rebinding; its Host gives it away). Bound to any other address, every route needs the token, as
+origin (its Origin or Sec-Fetch-Site gives it away, or that it has neither the JSON content type nor a token in a
+header) and a foreign name that resolves to 127.0.0.1 (DNS rebinding; its Host gives it away).
+Bound to any other address, every route needs the token, as
 `Authorization: Bearer TOKEN`, as `X-Api-Key: TOKEN`, or as the cookie that `/?token=TOKEN` sets. What changes the
 household (POST below /peerllm/) needs, on top of the rules above, the token in one of these headers or the header
 `X-PeerLLM`, which a foreign page cannot add without a preflight that is never granted. A person's token opens what the

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from aiohttp import web
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from peerllm.api.guard import ADMIN_PREFIX
 from peerllm.api.keys import HOUSEHOLD
@@ -13,11 +15,14 @@ from peerllm.daemon.facade_objects import LimitsStatus
 
 
 class LimitsBody(Struct, forbid_unknown_fields=True):
-    """Limits to change, 0 or null for none (daemon/owner/limits_file.py has their bounds)."""
+    """Limits to change, 0 or null for none (daemon/owner/limits_file.py has their bounds).
+
+    `hours`: minutes of the day, from and to.
+    """
 
     memory_bytes: int | UnsetType | None = UNSET
     threads: int | UnsetType | None = UNSET
-    hours: tuple[int, int] | UnsetType | None = UNSET  # minutes of the day, from and to
+    hours: Annotated[list[int], Meta(min_length=2, max_length=2)] | UnsetType | None = UNSET
     battery_percent: int | UnsetType | None = UNSET
     hot_celsius: float | UnsetType | None = UNSET
     paused: bool | UnsetType = UNSET

@@ -147,7 +147,7 @@ class LimitsStatus(TypedDict):
 
     memory_bytes: int | None
     threads: int | None
-    hours: tuple[int, int] | None
+    hours: list[int] | None  # two minutes of the day
     battery_percent: int | None
     hot_celsius: float | None
     paused: bool

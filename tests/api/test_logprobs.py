@@ -16,7 +16,10 @@ import pytest
 
 from peerllm.api.core import telling
 from peerllm.api.core.kept.kept_answer import KeptAnswer
+from peerllm.api.openai.completion_answers import CompletionAnswers
+from peerllm.api.openai.completion_requests import CompletionBody
 from peerllm.api.server import ApiServer
+from peerllm.api.text.calls.answer_parts import ToldToken
 from peerllm.daemon.facade import InheritedAnswer
 from peerllm.logprobs import packed
 from tests.api import templates
@@ -288,6 +291,12 @@ async def test_they_count_where_answers_are_bounded(
     assert (kept.size, KeptAnswer("", b"", "", ids=ids).size) == (4 * len(ids), len(ids))
     monkeypatch.setattr(telling, "MAX_WHOLE_CHARS", 2000)
     async with client.post(PATH, json=ASK) as response:
-        assert response.status == 500 and "more than 2000" in await response.text()
+        assert response.status == 503 and "more than 2000" in await response.text()
     async with client.post(PATH, json={"model": "builtin", "messages": HI}) as response:
         assert response.status == 200
+
+
+def test_of_tokens_that_look_the_same_the_likeliest_is_told() -> None:
+    answers = CompletionAnswers(CompletionBody(model="m", prompt="x"))
+    token = ToldToken(b"a", -3.0, 0, ((b"a", -1.0), (b"b", -2.0)))
+    assert answers.logprobs([token])["top_logprobs"] == [{"a": -1.0, "b": -2.0}]

@@ -46,6 +46,8 @@ async def test_the_document_is_served(client: aiohttp.ClientSession, app: web.Ap
         assert response.content_type == "application/json"
         document = await response.json()
     assert document == openapi(app)
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
 
 
 def test_beyond_loopback_every_operation_needs_the_token(app: web.Application, tmp_path: Path) -> None:

@@ -51,6 +51,21 @@ async def ask(client: aiohttp.ClientSession, path: str, given: str = "", body: o
         return response.headers["X-Request-Id"]
 
 
+def test_it_ends_with_what_it_causes() -> None:
+    with request_ids.caused_by("outer"):
+        with request_ids.caused_by(""):
+            assert request_ids.current() == ""
+        assert request_ids.current() == "outer"
+    assert request_ids.current() == ""
+
+
+async def test_kept_answers_are_counted(client: aiohttp.ClientSession) -> None:
+    for key, count in (("", 0), ("one", 1), ("one", 1), ("two", 2)):
+        await ask(client, PATH, **({"Idempotency-Key": key} if key else {}))
+        async with client.get("/peerllm/v1/process") as response:
+            assert (await response.json())["answers"] == count
+
+
 async def test_a_short_plain_id_is_kept_and_any_other_replaced(client: aiohttp.ClientSession) -> None:
     assert await ask(client, PATH, "req_7.B-2") == "req_7.B-2"
     made = {await ask(client, PATH, given) for given in ("", "a b", "é", "-x", "x" * 65, 'a"b', "a\tb", "a[b]")}

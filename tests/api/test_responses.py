@@ -295,6 +295,18 @@ async def test_log_probabilities(client: aiohttp.ClientSession, household: FakeH
     assert first == {**wanted[0], "top_logprobs": []}
 
 
+async def test_words_behind_a_call_are_a_message_of_their_own(
+    client: aiohttp.ClientSession, caller: FakeHousehold
+) -> None:
+    caller.reply = f"{SAID}\n{CALLS}\nDone."
+    events = await streamed(client, tools=TOOLS, include=["message.output_text.logprobs"])
+    output = events[-1]["response"]["output"]
+    assert [one["type"] for one in output] == ["message", "function_call", "function_call", "message"]
+    for item, text in ((output[0], SAID), (output[3], "Done.")):
+        (part,) = item["content"]
+        assert part["text"] == text == "".join(one["token"] for one in part["logprobs"])
+
+
 class Person(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str

@@ -87,6 +87,7 @@ def test_pieces_joined_are_the_whole(kind: str, data: st.DataObject) -> None:
     ids = data.draw(st.lists(one, max_size=30))
     table = TABLES[kind]
     assert table.vocabulary == size and special_ids(table) == special_ids(tokenizer)
+    assert table.decode(ids) == tokenizer.decode(ids)
     assert table.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
     detokenizer = Detokenizer(table, special_ids(table))
     text, at = "", 0

@@ -32,19 +32,8 @@ TEXTS = ("Hello, wörld 🏡!", " two  spaces", "\n\n\tlines\r\n", "日本語 un
 
 def sentencepiece(*decoder: Any) -> Tokenizer:
     """Words with their space before them, and bytes for what is in no word, as Llama 2, Mistral and Gemma have them."""
-    words = [
-        "<unk>",
-        *(f"<0x{one:02X}>" for one in range(256)),
-        "▁",
-        "▁a",
-        "a",
-        "▁Hello",
-        "Hello",
-        ",",
-        "▁w",
-        "rld",
-        "t<t",
-    ]
+    words = ["<unk>", *(f"<0x{one:02X}>" for one in range(256)), "▁", "▁a", "a", "▁Hello", "Hello", ",", "▁w"]
+    words += ["rld", "t<t", "e<|e"]
     tokenizer = Tokenizer(models.BPE({one: at for at, one in enumerate(words)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), *decoder])
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
@@ -128,13 +117,16 @@ def test_a_piece_of_a_character_at_the_end() -> None:
 
 
 def test_tokens_without_text_are_none() -> None:
-    ids = BUILTIN.encode("a b", add_special_tokens=False).ids
-    assert check(ids, grown(answer(BUILTIN, silent=END), [*ids, END, 10**6])) == "a b"
+    first, *rest = BUILTIN.encode("a b c", add_special_tokens=False).ids
+    words = grown(answer(BUILTIN, silent=END), [END, first, END, 10**6, *rest, END])
+    assert b"".join(token.data for one in words for token in one.tokens) == b"a b c"
+    assert len([token for one in words for token in one.tokens]) == 1 + len(rest)
 
 
 def test_what_is_held_back_may_look_like_what_is_said() -> None:
-    ids = [FUSING.token_to_id(one) for one in ("t<t", "a", "t<t", ",")]
-    assert check(ids, grown(answer(FUSING, hermes()), ids)) == "t<tat<t,"
+    ids = [FUSING.token_to_id(one) for one in ("t<t", "a", "e<|e", ",", "t<t", ",")]
+    for reader in (hermes(), thinker(hermes()), HarmonyReader(True)):
+        assert check(ids, grown(answer(FUSING, reader), ids)) == "t<tae<|e,t<t,"
 
 
 Marked = list[tuple[str, bool]]  # texts, and whether they are said

@@ -143,6 +143,24 @@ def result(client: Client, demo: list[Device]) -> None:
     assert (said.text, said.calls, said.finish) == (scripted_model.RESULT, [], "stop")
 
 
+@pytest.mark.slow
+def test_anthropics_own_loop_of_calls_and_results(demo: list[Device], parrot: None) -> None:
+    """It asks for a conversation that is kept, and sends all of it when it hears that none is."""
+    import anthropic
+
+    @anthropic.beta_tool
+    def weather(city: str, days: int = 1) -> str:
+        """The weather."""
+        return f"7 degrees in {city} for {days} days"
+
+    with anthropic.Anthropic(base_url=demo[1].url, api_key=demo[1].token()) as client:
+        told = client.beta.messages.tool_runner(
+            model=PARROT, max_tokens=60, tools=[weather], messages=[{"role": "user", "content": "Oslo?"}]
+        )
+        *_, last = told
+    assert [one.text for one in last.content if one.type == "text"] == [scripted_model.RESULT]
+
+
 def arguments(client: Client, demo: list[Device]) -> None:
     said = client.ask(OSLO.but(stream=True))
     assert said.calls == [("weather", scripted_model.CALL)] and said.argument_pieces >= 3

@@ -30,7 +30,7 @@ class CallReader:
 
     @property
     def held(self) -> int:
-        return len(self._blank) + len(self._held)
+        return len(self._held)
 
     def push(self, text: str) -> list[AnswerPart]:
         self._held += text
