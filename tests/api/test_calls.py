@@ -155,6 +155,7 @@ CASES: list[tuple[str, str, Heard]] = [
     ("plain", LLAMA, [CALL]),
     ("plain", '```json\n{"name": "Bob"}\n```', [("", '```json\n{"name": "Bob"}\n```')]),
     ("plain", "```tool_code\nprint(x)\n```", [("", "```tool_code\nprint(x)\n```")]),
+    ("plain", "```tool_code\nprint(x=1)\n```", [("", "```tool_code\nprint(x=1)\n```")]),
     ("plain", '```python\nweather(city="Paris")\n```', [("", '```python\nweather(city="Paris")\n```')]),
     # gpt-oss
     ("harmony", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
