@@ -13,7 +13,7 @@ from aiohttp import web
 
 from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.engine.messages import Constraint, FinishReason
-from peerllm.logprobs import ENTRY_BYTES
+from peerllm.logprobs import named_ids
 from peerllm.types import STORED, Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
@@ -160,8 +160,7 @@ class InheritedAnswer:
     @property
     def size(self) -> int:
         """Of all its ids, and of those that its log probabilities name."""
-        named = len(self.logprobs[0]) // ENTRY_BYTES if self.logprobs else 0
-        return len(self.prompt) + len(self.ids) * (1 + named)
+        return len(self.prompt) + len(self.ids) * (1 + named_ids(self.logprobs))
 
 
 @dataclass(frozen=True, slots=True)
