@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
-from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels, idle_models
+from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels, startable_models
 from peerllm.types import Stage
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -26,7 +26,7 @@ def test_what_a_model_can_do_is_listed_wherever_it_runs_or_lies() -> None:
     models, can = HouseholdModels(Clock()), ("tools", "thinking")
     models.hear([A], {A: [replace(view("1"), abilities=can)]})
     (other,) = models.others(lambda device: "laptop")
-    (idle,) = idle_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
+    (idle,) = startable_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
     assert other.abilities == idle.abilities == can
 
 
