@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -198,3 +199,10 @@ async def test_a_gguf_file_says_what_its_model_can_do(hub, tmp_path):
     can = {one.name: one.abilities for one in disk.listed}
     assert (can["thinks"], can["speaks"], can["broken"]) == (("tools", "thinking"), (), ())
     await disk.close()
+
+
+async def test_files_of_no_time_that_could_be_told(hub, shelf):
+    """Some disks and archives have such times; others would refuse all that this device says."""
+    os.utime(put(hub.cache, "owner/old") / "model.safetensors", (0, -5))
+    await shelf.disk.refresh()
+    assert {one.name: one.made for one in shelf.disk.listed}["old"] == 0

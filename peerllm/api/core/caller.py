@@ -37,9 +37,14 @@ class Caller:
 
     @property
     def shown(self) -> str:
-        """The name in logs and accounts."""
+        """The name in accounts."""
         client = self.client.removeprefix(_TOKEN)
         return f"{self.person} ({client})" if self.person and self.known_by == "token" else self.person or client
+
+    @property
+    def logged(self) -> str:
+        """The name in logs: who only says so cannot pass for somebody who has a token."""
+        return f"{self.shown} ({self.client})" if self.known_by == "header" else self.shown
 
     def payer(self, user: str) -> str:
         """Whose share of what is kept for clients is used: of another device's clients that device's."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, unit
+from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_json, unit
 from peerllm.api.core.generation import Generation, Name
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
 from peerllm.api.ollama.ollama_answers import NS
@@ -48,7 +48,7 @@ class EmbedBody(EmbedFields, kw_only=True):
 
     def answer(self, made: Vectors | None, since: float) -> OllamaVectors:
         """Vectors of length 1."""
-        vectors = [unit(vector, self.dimensions) for vector in made.vectors] if made is not None else []
+        vectors = [as_json(unit(vector, self.dimensions)) for vector in made.vectors] if made is not None else []
         took = int((time.monotonic() - since) * NS)
         told = OllamaVectors(model=self.model, embeddings=vectors, total_duration=took, load_duration=0)
         if made is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, unit
+from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, as_json, unit
 from peerllm.api.core.generation import MAX_NAME_CHARS, Generation, Name
 from peerllm.api.error_answers import FieldError
 from peerllm.api.openai.openai_fields import TextsOrIds, texts_or_ids
@@ -30,7 +30,7 @@ class EmbeddingBody(Struct, kw_only=True):
         """OpenAI's list of vectors of length 1."""
         vectors = [unit(vector, self.dimensions) for vector in made.vectors]
         coded: list[list[float] | str] = [
-            as_base64(one) if self.encoding_format == "base64" else one for one in vectors
+            as_base64(one) if self.encoding_format == "base64" else as_json(one) for one in vectors
         ]
         return {
             "object": "list",

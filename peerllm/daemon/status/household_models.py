@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ModelDetails, ServedModel
@@ -13,6 +14,7 @@ from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.known_models import all_names, known_as
 from peerllm.types import DeploymentId, DeviceId
 
+MAX_ON_DISK = 512  # models of one device: all that one lists
 AWAITED_S = 60.0  # seconds that a model is still listed, as waiting, after its source was last here
 
 
@@ -107,7 +109,7 @@ def startable_models(
     A device that remembers how a person ran a model is preferred. Then those of both kinds that have been given another
     name, by that name.
     """
-    running, told = list(running), [(device, list(models)) for device, models in disks]
+    running, told = list(running), [(device, list(islice(models, MAX_ON_DISK))) for device, models in disks]
     seen = set[str]()
     for model in running:
         seen |= {model.name.lower(), *all_names(model.name, model.model)}

@@ -15,6 +15,7 @@ from peerllm.byte_spelling import BYTE_TOKEN, bytes_by_character, is_mark
 
 SPACE = "▁"  # as SentencePiece writes a space
 MAX_WORDS = 4096  # whose tokens are remembered
+MAX_IDS = 1 << 21  # eight times the largest vocabulary in use
 _WORD = re.compile(r" ?[^ ]{1,64}| {1,64}", re.DOTALL)
 
 
@@ -94,7 +95,11 @@ def _vocabulary(data: bytes, end: int) -> MaskVocabulary | None:
     names, added = file.model.vocab, file.added_tokens
     if file.model.type != "BPE" or not names or level == fallback:
         return None
-    tokens = [b""] * (max(*names.values(), *(one.id for one in added), end) + 1)
+    # Libraries renumber the added tokens of a file, so that nobody has looked at these numbers before.
+    numbers = [*names.values(), *(one.id for one in added), end]
+    if not 0 <= min(numbers) <= max(numbers) < MAX_IDS:
+        raise ValueError(f"a token has an id that is not from 0 to {MAX_IDS - 1}")
+    tokens = [b""] * (max(numbers) + 1)
     byte_of = {ord(character): byte for character, byte in bytes_by_character().items()}
     of_bytes = dict[bytes, int]()
     for name, number in names.items():
