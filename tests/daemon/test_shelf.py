@@ -14,7 +14,7 @@ from peerllm.daemon.deployment.model_files import ModelOnDisk
 from peerllm.daemon.facade import IDLE_MODEL
 from peerllm.daemon.shelf.disk_models import DiskModels
 from peerllm.daemon.shelf.model_shelf import FILE, MAX_ALIASES, MAX_PULLS, ModelShelf, meant
-from peerllm.daemon.status.household_models import idle_models
+from peerllm.daemon.status.household_models import startable_models
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.errors import BadInputError, NotFoundError, OverloadedError, UnavailableError
 from tests.daemon.weights.gguf.gguf_bytes import I32, STRING, entry, header, info, padded
@@ -157,7 +157,7 @@ async def test_other_names(hub, shelf, tmp_path):
     await shelf.alias("gpt-4:latest", "builtin")
     again = ModelShelf(tmp_path / "data", hub, set, lambda: None)
     await again.disk.refresh()
-    models = idle_models([], [("", again.listed)])
+    models = startable_models([], [("", again.listed)])
     assert [(one.name, one.model, one.state) for one in models] == [
         ("builtin", "builtin", IDLE_MODEL), ("gpt-4", "builtin", IDLE_MODEL),
     ]  # fmt: skip

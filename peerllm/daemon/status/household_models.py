@@ -101,7 +101,7 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
     )
 
 
-def idle_models(
+def startable_models(
     running: Iterable[ServedModel], disks: Iterable[tuple[DeviceId, Iterable[DiskModel]]]
 ) -> list[ServedModel]:
     """The models on the disks of devices, this one's ("") first: each once, and none that runs.
@@ -118,7 +118,7 @@ def idle_models(
         for device, models in told:
             mine = [one for one in models if one.asleep is asleep and not one.alias]
             fresh = [one for one in mine if seen.isdisjoint(all_names(one.name, one.model))]
-            found += [_idle(one, device) for one in fresh]
+            found += [_startable(one, device) for one in fresh]
             seen.update(*(all_names(one.name, one.model) for one in fresh))
     aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
     every = [*running, *found]
@@ -127,6 +127,12 @@ def idle_models(
         if target is not None and name.lower() not in seen:
             found.append(replace(target, name=name, names=frozenset({name.lower()})))
     return found
+
+
+def running_names(models: Iterable[ServedModel]) -> set[str]:
+    """In lower case, all that clients may call those that run."""
+    running = (one for one in models if one.deployment)
+    return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
 
 def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple[DiskModel, ...]:
@@ -140,7 +146,7 @@ def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple
 
 
 @lru_cache(maxsize=1024)
-def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
+def _startable(one: DiskModel, device: DeviceId) -> ServedModel:
     return ServedModel(
         deployment="",
         name=one.name,

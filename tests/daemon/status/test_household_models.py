@@ -8,7 +8,7 @@ import pytest
 
 from peerllm.codec import decode, encode
 from peerllm.daemon.control_messages import Control, DeploymentView, DeviceView, DiskModel
-from peerllm.daemon.status.household_models import AWAITED_S, MAX_ON_DISK, HouseholdModels, idle_models
+from peerllm.daemon.status.household_models import AWAITED_S, MAX_ON_DISK, HouseholdModels, startable_models
 from peerllm.errors import LinkError
 from peerllm.types import Stage
 
@@ -30,7 +30,7 @@ def test_what_a_model_can_do_is_listed_wherever_it_runs_or_lies() -> None:
     models, can = HouseholdModels(Clock()), ("tools", "thinking")
     models.hear([A], {A: [replace(view("1"), abilities=can)]})
     (other,) = models.others(lambda device: "laptop")
-    (idle,) = idle_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
+    (idle,) = startable_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
     assert other.abilities == idle.abilities == can
 
 
@@ -114,5 +114,5 @@ def test_numbers_that_no_list_could_tell_are_refused(told: str, lie: str) -> Non
 
 def test_one_device_lists_so_many() -> None:
     many = (DiskModel(f"m{number}", f"/m{number}", 1, 1) for number in range(MAX_ON_DISK + 9))
-    found = idle_models([], [(A, many), (B, [DiskModel("mine", "mine", 1, 1)])])
+    found = startable_models([], [(A, many), (B, [DiskModel("mine", "mine", 1, 1)])])
     assert len(found) == MAX_ON_DISK + 1 and found[-1].name == "mine"
