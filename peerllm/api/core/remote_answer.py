@@ -21,7 +21,7 @@ from peerllm.api.core.answer_events import (
     AnswerFails,
     AnswerWaits,
 )
-from peerllm.api.core.caller import MAX_CLIENT_CHARS, MAX_PERSON_CHARS, Caller
+from peerllm.api.core.caller import MAX_CLIENT_CHARS, MAX_TOLD_CHARS, Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavingError, Repeat
 from peerllm.api.error_answers import ErrorFacts, RelayedError
@@ -48,7 +48,7 @@ class RelayedGeneration(Struct, frozen=True, omit_defaults=True):
     had: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] | None = None
     fleeting: bool = False
     beyond: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] = 0
-    person: Annotated[str, Meta(max_length=MAX_PERSON_CHARS)] = ""
+    person: Annotated[str, Meta(max_length=MAX_TOLD_CHARS)] = ""
 
 
 @dataclass(slots=True)

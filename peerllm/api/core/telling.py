@@ -56,6 +56,10 @@ class WholeCall:
             return None
         return found if isinstance(found, dict) else None
 
+    def as_text(self) -> str:
+        """What is told of one that was cut, where only objects can be arguments."""
+        return f"{self.name}({self.arguments}"
+
 
 @dataclass(slots=True)
 class WholeAnswer:

@@ -117,8 +117,8 @@ class ResponseStore:
 
     def _bound(self, client: str) -> None:
         self._expire()
-        self._shrink([name for name, one in self._stored.items() if one.client == client], MAX_OF_CLIENT,
-                     MAX_BYTES_OF_CLIENT)  # fmt: skip
+        own = [name for name, one in self._stored.items() if one.client == client]
+        self._shrink(own, MAX_OF_CLIENT, MAX_BYTES_OF_CLIENT)
         self._shrink(list(self._stored), MAX_RESPONSES, MAX_BYTES)
 
     def _shrink(self, names: Sequence[str], most: int, most_bytes: int) -> None:
