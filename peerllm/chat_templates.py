@@ -55,8 +55,8 @@ def template_sources(model_dir: Path) -> tuple[str | None, str | None]:
     found = model_object(model_dir / "chat_template.json").get("chat_template")
     found = found or model_object(model_dir / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        both = named.get("default"), named.get("tool_use")
+        named = [(one.get("name"), one.get("template")) for one in found if isinstance(one, dict)]
+        both = tuple(next((made for name, made in named if name == wanted), None) for wanted in ("default", "tool_use"))
     else:
         both = found, None
     default, with_tools = (one if isinstance(one, str) else None for one in both)

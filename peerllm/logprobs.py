@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import starmap
 
 MAX_LIKELIEST = 20  # that can be asked for with a token, as OpenAI has it
@@ -18,6 +18,11 @@ Entry = tuple[int, float]
 def packed(entries: Iterable[Entry]) -> bytes:
     """Of one token that was drawn, whose own entry comes first."""
     return b"".join(starmap(_ENTRY.pack, entries))
+
+
+def named_ids(packed: Sequence[bytes]) -> int:
+    """How many ids each of them names; all of one answer name as many."""
+    return len(packed[0]) // ENTRY_BYTES if packed else 0
 
 
 def unpacked(data: bytes) -> list[Entry]:

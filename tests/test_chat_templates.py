@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from peerllm.builtin import MODEL_DIR
-from peerllm.chat_templates import POOLING_FILE, abilities_in
+from peerllm.chat_templates import abilities_in
+from peerllm.stored_types import POOLING_FILE
 
 PLAIN = "{{ messages }}"
 NAMED = [{"name": "tool_use", "template": PLAIN}, {"name": "default", "template": PLAIN + "</think>"}, 3]
@@ -22,12 +23,13 @@ NAMED = [{"name": "tool_use", "template": PLAIN}, {"name": "default", "template"
         ({"tokenizer_config.json": {"chat_template": PLAIN}}, ("tools",)),
         ({"tokenizer_config.json": {"chat_template": NAMED}}, ("tools", "thinking")),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, ("tools",)),
+        ({"tokenizer_config.json": {"chat_template": [{"name": [], "template": PLAIN}, *NAMED[:1]]}}, ("tools",)),
         ({"tokenizer_config.json": {"chat_template": 3}}, ()),
         ({"tokenizer_config.json": [3]}, ()),
         ({"chat_template.json": {"chat_template": PLAIN + "[THINK][/THINK]"}}, ("tools", "thinking")),
         ({"chat_template.jinja": "<|channel|>final<|message|>"}, ("tools", "thinking")),
         ({"chat_template.jinja": PLAIN, "tokenizer_config.json": {"chat_template": "</think>"}}, ("tools",)),
-        ({POOLING_FILE.as_posix(): {}}, ("embedding",)),
+        ({POOLING_FILE: {}}, ("embedding",)),
     ],
 )
 def test_files_show_what_a_model_can_do(tmp_path: Path, files: dict[str, Any], can: tuple[str, ...]) -> None:

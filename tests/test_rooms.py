@@ -13,8 +13,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "peerllm"
 SHARED = {
-    "types", "errors", "chat_templates", "codec", "logprobs", "regular_files", "request_ids", "reused_layers",
-    "saved_files", "stored_types", "wrapped_models", "__init__",
+    "types", "errors", "byte_spelling", "chat_templates", "codec", "logprobs", "regular_files", "request_ids",
+    "reused_layers", "saved_files", "stored_types", "wrapped_models", "__init__",
 }  # fmt: skip
 ALLOWED = {
     "planner": {"planner"},

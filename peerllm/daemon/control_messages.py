@@ -25,6 +25,15 @@ from peerllm.types import (
 )
 
 DeploymentState = Literal["planning", "loading", "serving", "waiting", "failed", "stopped"]
+MAX_TIME_S = 253_402_214_400  # unix seconds that a calendar has: the last day of the year 9999
+MAX_COUNT = 1 << 53  # of bytes, tokens, parameters: sums of some are still numbers that JSON has
+MAX_MODEL_CHARS = 4096  # of a name or path
+
+
+def _within(most: int, *numbers: int) -> None:
+    """Else lists of models could not be told; ValueError."""
+    if not all(0 <= one <= most for one in numbers):
+        raise ValueError(f"a number is not from 0 to {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +138,11 @@ class DeploymentView:
     family: str = ""  # the model's architecture; "": not known yet
     parameters: int = 0  # about; 0: not known yet
 
+    def __post_init__(self) -> None:
+        _within(MAX_MODEL_CHARS, len(self.name), len(self.model))
+        _within(MAX_TIME_S, self.created, self.expires, self.idle_since)
+        _within(MAX_COUNT, *self.stage_memory_bytes, self.missing_bytes, self.parameters, self.context)
+
 
 @dataclass(frozen=True, slots=True)
 class DiskModel:
@@ -145,6 +159,11 @@ class DiskModel:
     alias: bool = False
     asleep: bool = False
     abilities: tuple[str, ...] = ()  # besides going on with a text, see chat_templates
+
+    def __post_init__(self) -> None:
+        _within(MAX_MODEL_CHARS, len(self.name), len(self.model))
+        _within(MAX_COUNT, self.nbytes)
+        _within(MAX_TIME_S, self.made)
 
 
 @dataclass(frozen=True, slots=True)

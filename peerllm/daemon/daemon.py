@@ -44,7 +44,7 @@ from peerllm.daemon.relay import relay_door
 from peerllm.daemon.relay.relay_client import RelayClient
 from peerllm.daemon.settings import Settings
 from peerllm.daemon.shelf.model_shelf import ModelShelf
-from peerllm.daemon.status.household_models import HouseholdModels, idle_models, with_asleep
+from peerllm.daemon.status.household_models import HouseholdModels, running_names, startable_models, with_asleep
 from peerllm.daemon.status.status import (
     deployments_of,
     engine_entry,
@@ -108,7 +108,7 @@ class Daemon:
         self.store = await asyncio.to_thread(WeightStore, data / "weights", me, peers, most)
         self.offers = Offers(self.store, self.digests)
         self.home = Home(self)
-        self.shelf = ModelShelf(data, self.home, self._running_names, self.poke)
+        self.shelf = ModelShelf(data, self.home, lambda: running_names(self.models()), self.poke)
         self.coordinator = Coordinator(self.home, data / "deployments.jsonl")
         self.relays = RelayClient(network.post)
         self.household_events = HouseholdEvents(self)
@@ -250,7 +250,7 @@ class Daemon:
         running = [*own, *(model for model in others if model.deployment not in here)]
         peers = self.network.peers().items()
         disks = [(d, peer.view.on_disk) for d, peer in peers if peer.state == "online" and peer.view is not None]
-        return [*running, *idle_models(running, [("", self._on_disk()), *disks])]
+        return [*running, *startable_models(running, [("", self._on_disk()), *disks])]
 
     def _on_disk(self) -> tuple[DiskModel, ...]:
         """What can be started here; what a person started before, by the name that it had."""
@@ -292,10 +292,6 @@ class Daemon:
 
     async def delete(self, name: str) -> None:
         await self.shelf.delete(name)
-
-    def _running_names(self) -> set[str]:
-        running = [one for one in self.models() if one.deployment]
-        return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
     async def preview(self, options: RunOptions, progress: Callable[[RunProgress], None]) -> Preview:
         return await self.coordinator.figures.preview(options, progress)

@@ -13,12 +13,14 @@ from aiohttp import web
 
 from peerllm.daemon.facade_objects import EngineStatus, HouseholdStatus, LimitsStatus, MeasuredSpeed, Preview
 from peerllm.engine.messages import Constraint, FinishReason
-from peerllm.logprobs import ENTRY_BYTES
+from peerllm.logprobs import named_ids
 from peerllm.types import STORED, Activations, DeploymentId, DeviceId, Objective, Pooling, Sampling, ScheduleName
 
 MAX_PROMPT_CHUNK = 4096
 MAX_BENCH_SEQUENCES = 256
 MAX_BENCH_TOKENS = 4096  # of a prompt, and of an answer
+ANY_TAG = ":latest"  # that Ollama's clients put behind names
+_PREFIXES = ("hf.co/", "huggingface.co/")
 _GGUF = ".gguf"
 _DTYPE_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a model in several files
@@ -28,6 +30,11 @@ def short_name(model: str) -> str:
     """What a model is called where nobody names it: the last part of its path or hub id, of a GGUF file its stem."""
     name = PurePath(model).name or model
     return _PART.sub("", name[: -len(_GGUF)]) if name.lower().endswith(_GGUF) and len(name) > len(_GGUF) else name
+
+
+def without_prefix(model: str) -> str:
+    """A hub id without what other programs want before it."""
+    return next((model.removeprefix(one) for one in _PREFIXES if model.startswith(one)), model)
 
 
 IDLE_MODEL = "idle"  # the state of a model that is on a disk and does not run
@@ -154,8 +161,7 @@ class InheritedAnswer:
     @property
     def size(self) -> int:
         """Of all its ids, and of those that its log probabilities name."""
-        named = len(self.logprobs[0]) // ENTRY_BYTES if self.logprobs else 0
-        return len(self.prompt) + len(self.ids) * (1 + named)
+        return len(self.prompt) + len(self.ids) * (1 + named_ids(self.logprobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
-from peerllm.api.text.answer_grammar import is_special
 from peerllm.api.text.calls.call_forms import FORMS
 from peerllm.api.text.calls.call_patterns import ToolSchemaError
 from peerllm.api.text.model_text import ModelText
 from peerllm.builtin import MODEL_DIR
+from peerllm.byte_spelling import is_mark
 from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from peerllm.errors import BadInputError
 from tests.api.fake import byte_tokenizer
@@ -158,4 +158,4 @@ def test_special_tokens_are_those_that_masks_take_for_such(special: bool) -> Non
     )
     for known in (LLTokenizer(made.to_str()), mask_tokenizer(made.to_str().encode(), [])):
         for number, token in made.get_added_tokens_decoder().items():
-            assert is_special(token) == known.is_special_token(number), token
+            assert is_mark(token.content, token.special) == known.is_special_token(number), token

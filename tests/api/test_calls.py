@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peerllm.api.text.calls.answer_parts import AnswerPart, AnswerReader, CallName, CallText, Words, joined
 from peerllm.api.text.calls.call_forms import FORMS, form_of
-from peerllm.api.text.calls.call_reader import CallReader
+from peerllm.api.text.calls.call_reader import MAX_BLANK_CHARS, CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.reasoning import ReasoningSplitter
@@ -155,6 +155,7 @@ CASES: list[tuple[str, str, Heard]] = [
     ("plain", LLAMA, [CALL]),
     ("plain", '```json\n{"name": "Bob"}\n```', [("", '```json\n{"name": "Bob"}\n```')]),
     ("plain", "```tool_code\nprint(x)\n```", [("", "```tool_code\nprint(x)\n```")]),
+    ("plain", "```tool_code\nprint(x=1)\n```", [("", "```tool_code\nprint(x=1)\n```")]),
     ("plain", '```python\nweather(city="Paris")\n```', [("", '```python\nweather(city="Paris")\n```')]),
     # gpt-oss
     ("harmony", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
@@ -284,3 +285,17 @@ def test_long_arguments_take_no_time() -> None:
     }
     for form, text in texts.items():
         assert heard(form, text, list(range(0, len(text), 8))) == [("weather", {"city": long})]
+
+
+@pytest.mark.parametrize("form", ["llama", "plain"])
+def test_space_without_end_is_not_held_in_hope_of_a_call(form: str) -> None:
+    """Each piece would have it looked at anew, which takes the square of its length."""
+    call, reading = json.dumps({"name": "now", "arguments": {}}), reader(form)
+    for _ in range(MAX_BLANK_CHARS + 1):
+        assert not reading.push(" ")
+    assert reading.held == 0
+    for count, called in ((MAX_BLANK_CHARS, True), (MAX_BLANK_CHARS + 1, False)):
+        text = " " * count + call
+        found = heard(form, text)
+        assert (found[0][0] == "now") is called
+        assert heard(form, text, [5, count, count + 3]) == found

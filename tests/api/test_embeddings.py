@@ -7,8 +7,10 @@ import base64
 import json
 import math
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aiohttp
@@ -17,6 +19,8 @@ import openai
 import pytest
 
 from peerllm.api.core import asking, embeddings
+from peerllm.api.ollama import embed_requests
+from peerllm.api.openai import embedding_requests
 from peerllm.api.server import ApiServer
 from peerllm.api.text.pooling_file import pooling_of
 from peerllm.errors import EngineError, ModelError, UnavailableError
@@ -118,6 +122,31 @@ async def test_the_first_that_fails_ends_all(official: openai.AsyncOpenAI, house
     with pytest.raises(openai.InternalServerError, match="it broke"):
         await official.embeddings.create(model="builtin", input=["a"] * 9)
     assert len(household.requests) <= embeddings.AT_ONCE
+
+
+async def test_all_vectors_are_bounded(client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source may say that they have a million numbers each."""
+    monkeypatch.setattr(embeddings, "MAX_NUMBERS", 20)  # the fake household's have 4
+    for texts, status in ((5, 200), (6, 400)):
+        async with client.post("/v1/embeddings", json={"model": "builtin", "input": ["a"] * texts}) as response:
+            assert response.status == status, await response.text()
+
+
+@pytest.mark.parametrize(("path", "module"), [("/v1/embeddings", embedding_requests), ("/api/embed", embed_requests)])
+async def test_many_are_told_beside_the_loop(
+    client: aiohttp.ClientSession, path: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds, in which nobody else would be answered."""
+    threads = set[str]()
+
+    def noted(vector: Any, dimensions: int | None) -> Any:
+        threads.add(threading.current_thread().name)
+        return embeddings.unit(vector, dimensions)
+
+    monkeypatch.setattr(module, "unit", noted)
+    async with client.post(path, json={"model": "builtin", "input": ["a", "b"]}) as response:
+        assert response.status == 200, await response.text()
+    assert threads and threading.main_thread().name not in threads
 
 
 async def test_another_device_computes_them(

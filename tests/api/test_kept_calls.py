@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer
 
-from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
+from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of
 from peerllm.api.text.calls.answer_parts import CallName, CallText, Words
 from peerllm.api.text.calls.call_forms import FORMS
 from peerllm.api.text.calls.call_patterns import MAX_CALLS, argument_schema
@@ -21,6 +21,7 @@ from peerllm.api.text.calls.call_reader import CallReader
 from peerllm.api.text.calls.harmony_reader import HarmonyReader
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.reasoning import ReasoningSplitter
+from peerllm.byte_spelling import is_mark
 from peerllm.chat_templates import MARKS, Marks
 from peerllm.engine.masks.mask_vocabulary import mask_tokenizer
 from tests.api.fake import END, byte_tokenizer
@@ -118,7 +119,7 @@ def grammar(
 ) -> str:
     marks = marks or marked(form)
     added = tokenizer(marks, special).get_added_tokens_decoder().items()
-    ids = {token.content: number for number, token in added if is_special(token)}
+    ids = {token.content: number for number, token in added if is_mark(token.content, token.special)}
     strict = {name: argument_schema(one) for name, one in SCHEMAS.items()}
     return grammar_of(answer, KeptCalls(strict, **kept), ModelMarks(ids, FORMS[form].kept, thought))
 

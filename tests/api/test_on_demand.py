@@ -13,7 +13,7 @@ from peerllm.api.core import model_wait
 from peerllm.api.server import ApiServer
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
-from peerllm.daemon.status.household_models import idle_models, with_asleep
+from peerllm.daemon.status.household_models import startable_models, with_asleep
 from peerllm.daemon.weights.known_models import all_names
 from peerllm.errors import InfeasibleError
 from tests.api.fake import BOUND_S, FakeHousehold
@@ -24,7 +24,7 @@ QWEN = "Qwen/Qwen3-0.6B-GGUF:Q8_0"
 
 
 def on_disk(name: str, model: str = "") -> ServedModel:
-    (one,) = idle_models((), [("", [DiskModel(name, model or name, 1234, 1_600_000_000)])])
+    (one,) = startable_models((), [("", [DiskModel(name, model or name, 1234, 1_600_000_000)])])
     return one
 
 
@@ -107,8 +107,8 @@ async def test_memory_on_accelerators_is_told_apart(lama: ollama.AsyncClient, ho
 def test_one_that_runs_is_not_listed_again() -> None:
     disks = [DiskModel("smollm2", "smollm2", 1, 1), DiskModel("builtin", "builtin", 1, 1)]
     running = replace(on_disk("mine", SMOL), state="serving", names=all_names("mine", SMOL))
-    assert [one.name for one in idle_models([running], [("", disks), ("b" * 64, disks)])] == ["builtin"]
-    both = idle_models([], [("", disks[:1]), ("b" * 64, disks)])
+    assert [one.name for one in startable_models([running], [("", disks), ("b" * 64, disks)])] == ["builtin"]
+    both = startable_models([], [("", disks[:1]), ("b" * 64, disks)])
     assert [(one.name, one.source) for one in both] == [("smollm2", ""), ("builtin", "b" * 64)]
 
 
@@ -135,7 +135,7 @@ def test_another_quantisation_is_another_model() -> None:
 def test_where_a_person_ran_it_it_is_started_as_that() -> None:
     here = [DiskModel("smollm2", "smollm2", 5, 6)]
     there = with_asleep([*here, DiskModel("gpt", "smollm2", 0, 0, alias=True)], {"smollm2": "mine", "/gone": "own"})
-    found = idle_models([], [("", here), ("b" * 64, there)])
+    found = startable_models([], [("", here), ("b" * 64, there)])
     assert [(one.name, one.source, one.disk_bytes) for one in found] == [
         ("mine", "b" * 64, 5),
         ("own", "b" * 64, 0),

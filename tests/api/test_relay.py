@@ -169,6 +169,34 @@ async def test_an_event_without_an_end_is_bounded(pair: Pair, monkeypatch: pytes
         assert "without an end" in await asyncio.wait_for(response.text(), BOUND_S)
 
 
+IDS = b'{"type":"text","text":"","ids":[' + b",".join([b"7"] * 400) + b'],"tokens":400}\n'
+CALL = b'{"type":"call","index":0,"id":"1","name":"f","ids":[],"tokens":1}\n'
+NAMED = CALL.replace(b'"f"', b'"' + b"f" * 400 + b'"')
+
+
+@pytest.mark.parametrize("piece", [IDS, NAMED, HI, CALL])
+async def test_an_answer_without_an_end_is_bounded(pair: Pair, piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is made of, whole and as a stream: else a source takes all memory of who asks."""
+    monkeypatch.setattr(asking, "RESUME_S", 0.0)
+    monkeypatch.setattr(telling, "MAX_WHOLE_CHARS", 8000)
+    for stream in (False, True):
+        if stream:
+            monkeypatch.setattr(remote_answer, "MAX_ANSWER_BYTES", 8000)
+        server, pair.mini.peers[LAPTOP] = await Torn(BEGINS, piece * 1000, b"stay").start()
+        async with server, pair.session.post(PATH, json={**ASK, "stream": stream}) as response:
+            assert "the answer has more than 8000" in await asyncio.wait_for(response.text(), BOUND_S)
+
+
+async def test_arguments_of_no_call(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "RESUME_S", 0.0)
+    for index in (1, -1):
+        told = b'{"type":"arguments","index":%d,"arguments":"{","ids":[],"tokens":1}\n' % index
+        server, pair.mini.peers[LAPTOP] = await Torn(BEGINS, CALL, told, b"stay").start()
+        async with server, pair.session.post(PATH, json=ASK) as response:
+            error = await asyncio.wait_for(response.json(), BOUND_S)
+            assert (response.status, "never began" in error["error"]["message"]) == (503, True)
+
+
 async def test_an_event_in_small_pieces_is_looked_at_once() -> None:
     """Else a source that sends bytes one by one keeps this device busy for the square of their number."""
     looked, lines = 0, []
@@ -316,7 +344,8 @@ async def test_peers_reach_answers_only(pair: Pair) -> None:
         async with session.post(pair.control + path, data=chunked(b" " * (1 << 20), 9)) as response:
             assert response.status == 413, "also where no length was told"
         for wrong in (b"{", b"{}", json.dumps(relayed(key="")).encode(), json.dumps(relayed(had=-1)).encode(),
-                      json.dumps(relayed(generation={**ASK, "sampling": {"top_p": 2}})).encode()):  # fmt: skip
+                      json.dumps(relayed(generation={**ASK, "sampling": {"top_p": 2}})).encode(),
+                      json.dumps(relayed(generation={**ASK, "keep_alive_s": 1e300})).encode()):  # fmt: skip
             async with session.post(pair.control + path, data=wrong) as response:
                 assert response.status == 400, wrong
     assert not pair.laptop.calls and not pair.laptop.runs

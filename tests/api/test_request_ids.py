@@ -133,3 +133,11 @@ async def test_the_device_that_answers_for_it_logs_the_same_id(pair: Pair, log: 
     await ask(pair.session, PATH, "far-1")
     relayed, asked = lines(log, "far-1")
     assert "POST /answer of " in relayed and f"POST {PATH} of 127.0.0.1: 200" in asked
+
+
+async def test_who_only_says_a_name_is_told_with_the_address(client: aiohttp.ClientSession, log: StringIO) -> None:
+    """Else anybody could ask in the name of a person who has a token."""
+    headers = {"X-Request-Id": "said-1", "X-OpenWebUI-User-Name": "anna"}
+    async with client.post("/api/show", json={"model": "none"}, headers=headers):
+        pass
+    assert " of anna (127.0.0.1): 404 " in lines(log, "said-1")[0]

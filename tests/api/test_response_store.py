@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from peerllm.api.openai.responses import response_store
+from peerllm.api.error_answers import FieldError
+from peerllm.api.openai.responses import response_requests, response_store
 from peerllm.api.openai.responses.response_items import ResponseItem
-from peerllm.api.openai.responses.response_store import ResponseStore, UnknownResponseError
+from peerllm.api.openai.responses.response_store import ResponseStore, StoredResponse, UnknownResponseError
 
 
 def response(number: int, text: str = "x") -> dict[str, Any]:
@@ -89,3 +91,36 @@ def test_they_go_after_a_day() -> None:
     with pytest.raises(UnknownResponseError):
         store.resolved("a", refer)
     assert there(store, "a") == [2]
+
+
+def test_each_response_is_read_once_for_all_that_is_referred_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one request keeps the loop busy for minutes, or becomes many times what is kept."""
+    store, read, conversation = ResponseStore(), list[str](), StoredResponse.conversation
+
+    def counted(one: StoredResponse) -> list[ResponseItem]:
+        read.append(one.client)
+        return conversation(one)
+
+    monkeypatch.setattr(StoredResponse, "conversation", counted)
+    store.keep("a", response(1), SAID * 9)
+    names = [one.id for one in store.find("a", response(1)["id"]).items()]
+    refer = [ResponseItem(type="item_reference", id=name) for name in names]
+    assert [one.id for one in store.resolved("a", refer)] == names and read == ["a"]
+    with pytest.raises(FieldError, match=r"input\[9\]: the item .* is there already"):
+        store.resolved("a", [*refer, refer[4]])
+
+
+def test_what_the_system_says_is_joined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, a body of 8 MiB takes seconds of the loop."""
+    joined = list[str]()
+
+    def counted(one: Any, **more: Any) -> Any:
+        joined.extend(more.values())
+        return replace(one, **more)
+
+    monkeypatch.setattr(response_requests, "replace", counted)
+    said = [ResponseItem(role="system", content=text) for text in "abcd"]
+    body = response_requests.ResponseBody(model="m", input=[*said, *SAID, said[0]], instructions="i")
+    messages = body.generation().messages
+    texts = ["\n\n".join("iabcd"), "hi", "a"]
+    assert [one.content for one in messages] == texts and joined == texts[:1]

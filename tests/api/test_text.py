@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.text import template
-from peerllm.api.text.calls.answer_parts import text_in
+from peerllm.api.text.calls.answer_parts import Words
 from peerllm.api.text.calls.thinking_reader import ThinkingReader
 from peerllm.api.text.detokenizer import Detokenizer, special_ids
 from peerllm.api.text.model_text import ModelText
@@ -326,7 +326,8 @@ def test_what_follows_a_stop_string_does_not_count() -> None:
         plain = ThinkingReader(ReasoningSplitter(None, False))
         answer, text = GrowingAnswer(Detokenizer(tokenizer, frozenset()), StopScanner(["two"]), plain), ""
         for start in range(0, len(ids), step):
-            text += text_in(answer.feed(ids[start : start + step], None))
+            parts = answer.feed(ids[start : start + step], None)
+            text += "".join(part.text for part in parts if isinstance(part, Words))
         assert (text, answer.finish, answer.ids) == ("one ", "stop", ids[:7])
 
 

@@ -206,7 +206,7 @@ async def apis(daemons):
         yield sessions
 
 
-async def test_what_several_are_asked_for_at_once_is_started_once_and_all_embed_with_it(daemons):
+async def test_what_several_are_asked_for_at_once_is_started_once_and_all_embed_with_it(daemons, monkeypatch):
     async def ask(session, path, **body):
         async with asyncio.timeout(BOUND_S), session.post(path, json={"model": "builtin", **body}) as response:
             assert response.status == 200, await response.text()
@@ -215,14 +215,23 @@ async def test_what_several_are_asked_for_at_once_is_started_once_and_all_embed_
     text = "The kettle sings."
     async with apis(daemons) as sessions:
         chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
-        told = {daemon: daemon.network.broadcast for daemon in daemons}
+        told, all_begun = {daemon: daemon.network.broadcast for daemon in daemons}, asyncio.Event()
         for daemon in daemons:
             daemon.network.broadcast = lambda view: None  # nobody hears yet what the others start
+
+            @contextlib.asynccontextmanager
+            async def held_up(*what, was=daemon.home.looked_up):
+                await all_begun.wait()  # before one has promises that leave no memory for another
+                async with was(*what) as found:
+                    yield found
+
+            monkeypatch.setattr(daemon.home, "looked_up", held_up)
         asking = [asyncio.create_task(ask(one, "/v1/chat/completions", **chat)) for one in sessions]
         await until(daemons, lambda: all(daemon.coordinator.views() for daemon in daemons))
         for daemon in daemons:
             daemon.network.broadcast = told[daemon]
             told[daemon](daemon._view())
+        all_begun.set()
         answers = await asyncio.gather(*asking)
         assert len({one["choices"][0]["message"]["content"] for one in answers}) == 1
         await until(daemons, lambda: all(len(running(daemon)) == 1 for daemon in daemons))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peerllm.daemon.deployment.model_files import ModelOnDisk
 from peerllm.daemon.facade import IDLE_MODEL
 from peerllm.daemon.shelf.disk_models import DiskModels
 from peerllm.daemon.shelf.model_shelf import FILE, MAX_ALIASES, MAX_PULLS, ModelShelf, meant
-from peerllm.daemon.status.household_models import idle_models
+from peerllm.daemon.status.household_models import startable_models
 from peerllm.daemon.weights.on_disk import DIRECTORIES_FILE, note_directories
 from peerllm.errors import BadInputError, NotFoundError, OverloadedError, UnavailableError
 from tests.daemon.weights.gguf.gguf_bytes import I32, STRING, entry, header, info, padded
@@ -156,7 +157,7 @@ async def test_other_names(hub, shelf, tmp_path):
     await shelf.alias("gpt-4:latest", "builtin")
     again = ModelShelf(tmp_path / "data", hub, set, lambda: None)
     await again.disk.refresh()
-    models = idle_models([], [("", again.listed)])
+    models = startable_models([], [("", again.listed)])
     assert [(one.name, one.model, one.state) for one in models] == [
         ("builtin", "builtin", IDLE_MODEL), ("gpt-4", "builtin", IDLE_MODEL),
     ]  # fmt: skip
@@ -199,3 +200,10 @@ async def test_a_gguf_file_says_what_its_model_can_do(hub, tmp_path):
     can = {one.name: one.abilities for one in disk.listed}
     assert (can["thinks"], can["speaks"], can["broken"]) == (("tools", "thinking"), (), ())
     await disk.close()
+
+
+async def test_files_of_no_time_that_could_be_told(hub, shelf):
+    """Some disks and archives have such times; others would refuse all that this device says."""
+    os.utime(put(hub.cache, "owner/old") / "model.safetensors", (0, -5))
+    await shelf.disk.refresh()
+    assert {one.name: one.made for one in shelf.disk.listed}["old"] == 0

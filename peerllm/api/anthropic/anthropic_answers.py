@@ -66,8 +66,7 @@ class AnthropicAnswers:
         content: list[AnswerBlock] = []
         if answer.thought:
             content.append({"type": "thinking", "thinking": answer.thought, "signature": ""})
-        cut = [one for one in answer.calls if one.given() is None]
-        text = answer.text + "".join(f"{one.name}({one.arguments}" for one in cut)
+        text = answer.text + "".join(one.as_text() for one in answer.calls if one.given() is None)
         if text or not answer.calls:
             content.append({"type": "text", "text": text})
         for one in answer.calls:

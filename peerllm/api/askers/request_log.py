@@ -25,7 +25,7 @@ REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 @web.middleware
 async def with_request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Before all others that answer."""
-    return await logged(request, handler, lambda: caller_of(request).shown)
+    return await logged(request, handler, lambda: caller_of(request).logged)
 
 
 async def logged(request: web.Request, handler: Handler, asker: Callable[[], str]) -> web.StreamResponse:

@@ -81,7 +81,6 @@ class ToolCallDelta(Struct, frozen=True, omit_defaults=True, tag="arguments"):
 class AnswerEnds(Struct, frozen=True, omit_defaults=True, tag="ends"):
     """The answer is complete. `ids` had no text; `stop` is the stop string that ended it; it has so many `calls`.
 
-
     "load" and "unload" end one to which nothing was to be said. `all_ids` as Generation.tells_ids has it.
     """
 

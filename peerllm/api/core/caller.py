@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 MAX_CLIENT_CHARS = 128
-MAX_PERSON_CHARS = 128
+MAX_TOLD_CHARS = 128
 TOLD_BY = ("X-OpenWebUI-User-Name", "X-OpenWebUI-User-Email", "X-OpenWebUI-User-Id")  # a person behind a shared token
 PERSON: web.RequestKey[str] = web.RequestKey("person", str)  # whose token came with a request
 _TOKEN = "person:"  # noqa: S105  before the name of a client whose token names a person
@@ -37,9 +37,14 @@ class Caller:
 
     @property
     def shown(self) -> str:
-        """The name in logs and accounts."""
+        """The name in accounts."""
         client = self.client.removeprefix(_TOKEN)
         return f"{self.person} ({client})" if self.person and self.known_by == "token" else self.person or client
+
+    @property
+    def logged(self) -> str:
+        """The name in logs: who only says so cannot pass for somebody who has a token."""
+        return f"{self.shown} ({self.client})" if self.known_by == "header" else self.shown
 
     def payer(self, user: str) -> str:
         """Whose share of what is kept for clients is used: of another device's clients that device's."""
@@ -61,4 +66,4 @@ def caller_of(request: web.Request) -> Caller:
 def _tidy(told: str) -> str:
     """A name as a client tells it: percent-encoded, and anything."""
     shown = "".join(one for one in unquote(told) if one.isprintable() and one != "/")
-    return " ".join(shown.split())[:MAX_PERSON_CHARS]
+    return " ".join(shown.split())[:MAX_TOLD_CHARS]

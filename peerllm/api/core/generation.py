@@ -22,6 +22,7 @@ MAX_TOOLS = 512
 MAX_TOOL_NAME_CHARS = 256
 MAX_FORM_BYTES = 64 << 10  # of a schema or grammar
 MAX_KEPT_TOOLS_BYTES = 256 << 10  # of tools whose calls masks keep
+MAX_KEEP_S = 100 * 365 * 24 * 3600.0  # seconds a model is kept loaded: later times cannot be told
 SEED_BITS = 63
 _LIMITS = {name: Meta(ge=low, le=high) for name, low, high in SAMPLING_LIMITS}
 
@@ -128,7 +129,9 @@ class Generation(Struct, frozen=True, omit_defaults=True, kw_only=True):
     answer_form: AnswerForm | None = None
     reasoning: bool | str | None = None  # whether, or how much, to reason first; None: as the model likes
     logprobs: TopLogprobs | None = None  # of each token of what is said, and of so many that were likeliest there
-    keep_alive_s: float | None = None  # how long the model stays loaded after it; below 0: for good
+    keep_alive_s: Annotated[float, Meta(le=MAX_KEEP_S)] | None = (
+        None  # how long the model stays loaded after it; below 0: for good
+    )
     embeds: bool = False  # not an answer is wanted but the vector of `prompt`
     counts: bool = False  # only the prompt's tokens are to be counted
     truncates: bool = False  # of a prompt that is longer than the context the beginning will do

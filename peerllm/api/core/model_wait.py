@@ -18,12 +18,9 @@ from peerllm.api.streams import KEEP_ALIVE_S, each, pulsed
 from peerllm.daemon.facade import IDLE_MODEL, ServedModel
 from peerllm.errors import UnavailableError
 
-PATIENCE_S: Mapping[str, float] = {
-    "planning": 120.0,
-    "loading": 120.0,
-    "waiting": 30.0,
-    IDLE_MODEL: 120.0,
-}  # seconds, by a model's state
+# Seconds, by a model's state.
+PATIENCE_S: Mapping[str, float] = {"planning": 120.0, "loading": 120.0, "waiting": 30.0, IDLE_MODEL: 120.0}
+LOOK_S = 0.5  # seconds without a token after which it is looked what an answer waits for
 PROGRESS_S = 1.0  # seconds between two words to a client that waits
 QUIET_S = 5.0  # seconds in which one that waits for a device hears nothing: it may yet be refused with a status
 UNKNOWN_S = 1.5  # seconds a name may stay unknown while the household has no model: somebody may just have typed `run`

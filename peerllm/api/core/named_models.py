@@ -6,18 +6,12 @@ from aiohttp import web
 
 from peerllm.api.error_answers import UnknownModelError
 from peerllm.api.keys import EXPECTED, HOUSEHOLD
-from peerllm.daemon.facade import IDLE_MODEL, ServedModel
+from peerllm.daemon.facade import ANY_TAG, IDLE_MODEL, ServedModel, without_prefix
 from peerllm.types import DeviceId
 
 _GONE = ("failed", "stopped")  # states of deployments that clients need not see
-ANY_TAG = ":latest"  # that Ollama's clients put behind names
-_BEST = (
-    "serving",
-    "loading",
-    "planning",
-    "waiting",
-    IDLE_MODEL,
-)  # of several deployments of one name the first is meant
+# Of several deployments of one name the first is meant.
+_BEST = ("serving", "loading", "planning", "waiting", IDLE_MODEL)
 
 
 def listed_models(app: web.Application) -> list[ServedModel]:
@@ -37,8 +31,8 @@ def find_model(app: web.Application, name: str, only_here: bool = False) -> Serv
     names = {name, name.removesuffix(ANY_TAG)}
     found = [model for model in models if not names.isdisjoint((model.name, model.model))]
     if not found or all(model.state in (*_GONE, IDLE_MODEL) for model in found):
-        called = {name.lower().removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(ANY_TAG)}
-        found += [model for model in models if not called.isdisjoint(model.names)]
+        called = without_prefix(name.lower()).removesuffix(ANY_TAG)
+        found += [model for model in models if called in model.names]
     if found:
         return min(found, key=lambda model: _BEST.index(model.state) if model.state in _BEST else len(_BEST))
     served = dict.fromkeys(model.name for model in models if model.state not in (*_GONE, IDLE_MODEL))

@@ -18,7 +18,7 @@ from peerllm.api.core.growing_answer import GrowingAnswer
 from peerllm.api.core.kept.inherited_answers import kept_of
 from peerllm.api.core.kept.kept_answer import BegunAnswer
 from peerllm.api.core.kept.repeat import Repeat
-from peerllm.api.core.model_wait import WaitingWords
+from peerllm.api.core.model_wait import LOOK_S, WaitingWords
 from peerllm.api.core.part_events import PartEvents
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
@@ -28,8 +28,6 @@ from peerllm.daemon.facade import Chunk, GenerateRequest, ServedModel
 from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError
 from peerllm.types import Sampling
-
-LOOK_S = 0.5  # seconds without a token after which it is looked what an answer waits for
 
 
 async def begun_answer(
@@ -56,10 +54,8 @@ async def begun_answer(
         logprobs=wanted.logprobs,
     )
     chunks, silent = app[HOUSEHOLD].generate(request), frozenset(model.stop_ids)
-    chat = prompt if wanted.messages else None
-    told_ids = prompt if wanted.tells_ids else None
-    asked = wanted.logprobs is not None
-    return BegunAnswer(chunks, begins, text, silent, wanted.stops, chat, calls, asked, told_ids)
+    how = bool(wanted.messages), wanted.logprobs is not None, wanted.tells_ids
+    return BegunAnswer(chunks, begins, text, silent, wanted.stops, prompt, calls, *how)
 
 
 async def counted(app: web.Application, wanted: Generation, model: ServedModel, caller: Caller) -> AnswerEnds:

@@ -12,7 +12,7 @@ from aiohttp import web
 from peerllm.api.core.answer_events import AnswerEnds, AnswerEvent, Embedded, Usage
 from peerllm.api.core.caller import Caller
 from peerllm.api.core.generation import Generation
-from peerllm.api.core.model_wait import WaitingWords
+from peerllm.api.core.model_wait import LOOK_S, WaitingWords
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.streams import pulsed
@@ -21,7 +21,6 @@ from peerllm.daemon.facade import GenerateRequest, ServedModel
 from peerllm.errors import EngineError
 from peerllm.types import Sampling
 
-LOOK_S = 0.5  # seconds without an answer after which it is looked what it waits for
 CUT_TIMES = 64  # a text is cut to the context after it was encoded, if that makes at most so many times its tokens
 
 

@@ -21,13 +21,13 @@ from peerllm.api.core.answer_events import (
     AnswerFails,
     AnswerWaits,
 )
-from peerllm.api.core.caller import MAX_CLIENT_CHARS, MAX_PERSON_CHARS, Caller
+from peerllm.api.core.caller import MAX_CLIENT_CHARS, MAX_TOLD_CHARS, Caller
 from peerllm.api.core.generation import Generation
 from peerllm.api.core.kept.repeat import ALL_TOKENS, MAX_KEY_CHARS, DeviceLeavingError, Repeat
 from peerllm.api.error_answers import ErrorFacts, RelayedError
 from peerllm.api.streams import LINES, pulsed
 from peerllm.daemon.facade import Household, RelayedAnswer, ServedModel
-from peerllm.errors import LinkError, PeerLLMError
+from peerllm.errors import EngineError, LinkError, PeerLLMError
 
 ANSWER_PATH = "/answer"  # of the requests between devices
 SILENCE_S = 1.0  # seconds without a byte after which it is looked whether the answer's device is heard
@@ -35,6 +35,7 @@ USUAL_SILENCES = 5  # in a row, while it is: it tells something every 5 s
 MAX_SILENCES = 90  # in a row: longer than membership waits for a device that is silent altogether
 MAX_REFUSAL_BYTES = 1 << 20
 MAX_EVENT_BYTES = 4 << 20
+MAX_ANSWER_BYTES = 512 << 20  # a hundred thousand tokens, each with the 20 that were likeliest, take some 200 MB
 _JSON = "application/json"
 
 
@@ -47,7 +48,7 @@ class RelayedGeneration(Struct, frozen=True, omit_defaults=True):
     had: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] | None = None
     fleeting: bool = False
     beyond: Annotated[int, Meta(ge=0, le=ALL_TOKENS)] = 0
-    person: Annotated[str, Meta(max_length=MAX_PERSON_CHARS)] = ""
+    person: Annotated[str, Meta(max_length=MAX_TOLD_CHARS)] = ""
 
 
 @dataclass(slots=True)
@@ -75,8 +76,12 @@ class RemoteAnswer:
                 raise _refusal(answer.status, await _whole(answer.body), answer.headers)
             if kind != LINES:
                 raise LinkError(f"its device answered with HTTP {answer.status} {kind[:40]!r}")
+            nbytes = 0
             async with aclosing(self._lines(answer)) as lines:
                 async for line in lines:
+                    nbytes += len(line or b"")
+                    if nbytes > MAX_ANSWER_BYTES:
+                        raise EngineError(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
                     event = _event(line)
                     if event is None:
                         yield AnswerWaits(f"nothing is heard of {self._source().get('name') or self._unnamed}")

@@ -35,6 +35,7 @@ from peerllm.errors import EngineError
 
 MAX_WHOLE_CHARS = 64 << 20  # of answers in one piece
 _TOLD_CHARS = 64  # of a token and its log probability, about
+_EVENT_CHARS = 16  # that an event takes beside its text, about
 
 Piece = tuple[object, str | None]  # one event's object (bytes: as they are), and its id
 
@@ -54,6 +55,10 @@ class WholeCall:
         except ValueError:
             return None
         return found if isinstance(found, dict) else None
+
+    def as_text(self) -> str:
+        """What is told of one that was cut, where only objects can be arguments."""
+        return f"{self.name}({self.arguments}"
 
 
 @dataclass(slots=True)
@@ -152,6 +157,7 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
     logprobs: list[list[ToldToken]] = [[] for _ in range(count)]
     size = 0
     async for choice, event in events:
+        size += _EVENT_CHARS
         match event:
             case AnswerBegins():
                 begins.setdefault(choice, event)
@@ -160,15 +166,21 @@ async def _collected(events: AsyncGenerator[tuple[int, AnswerEvent]], count: int
                 thinking[choice] += len(event.ids) if event.thought else 0
                 ids[choice] += event.ids
                 logprobs[choice] += event.logprobs
-                size += len(event.text) + sum(_TOLD_CHARS * (1 + len(one.likeliest)) for one in event.logprobs)
+                size += (
+                    len(event.text)
+                    + len(event.ids)
+                    + sum(_TOLD_CHARS * (1 + len(one.likeliest)) for one in event.logprobs)
+                )
             case ToolCallBegins():
                 calls[choice].append(WholeCall(event.id, event.name))
                 ids[choice] += event.ids
+                size += len(event.id) + len(event.name) + len(event.ids)
             case ToolCallDelta():
-                arguments = calls[choice][event.index]
-                arguments.arguments += event.arguments
+                if not 0 <= event.index < len(calls[choice]):
+                    raise EngineError("the answer has arguments of a call that never began; ask again")
+                calls[choice][event.index].arguments += event.arguments
                 ids[choice] += event.ids
-                size += len(event.arguments)
+                size += len(event.arguments) + len(event.ids)
             case AnswerEnds():
                 ends[choice] = event
                 ids[choice] += event.ids

@@ -7,13 +7,12 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, unit
+from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_json, unit
 from peerllm.api.core.generation import Generation, Name
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
+from peerllm.api.ollama.ollama_answers import NS
 from peerllm.api.ollama.ollama_objects import OllamaVector, OllamaVectors
 from peerllm.api.ollama.ollama_requests import OllamaOptions
-
-_NS = 1e9  # nanoseconds of a second
 
 
 class EmbedFields(Struct, kw_only=True):
@@ -43,14 +42,14 @@ class EmbedBody(EmbedFields, kw_only=True):
     dimensions: Annotated[int, Meta(ge=1)] | None = None
 
     def generations(self) -> list[Generation]:
-        """None where nothing is said: the model is only to be loaded."""
+        """One for each text; empty where nothing is said: the model is only to be loaded."""
         given = [self.input] if isinstance(self.input, str) else self.input or []
         return [self.of(one) for one in given if one or isinstance(self.input, list)]
 
     def answer(self, made: Vectors | None, since: float) -> OllamaVectors:
         """Vectors of length 1."""
-        vectors = [unit(vector, self.dimensions) for vector in made.vectors] if made is not None else []
-        took = int((time.monotonic() - since) * _NS)
+        vectors = [as_json(unit(vector, self.dimensions)) for vector in made.vectors] if made is not None else []
+        took = int((time.monotonic() - since) * NS)
         told = OllamaVectors(model=self.model, embeddings=vectors, total_duration=took, load_duration=0)
         if made is not None:
             told["prompt_eval_count"] = made.tokens
@@ -61,7 +60,7 @@ class OlderEmbedBody(EmbedFields, kw_only=True):
     prompt: str | None = None
 
     def generations(self) -> list[Generation]:
-        """None where nothing is said: the model is only to be loaded."""
+        """Empty where nothing is said: the model is only to be loaded."""
         return [self.of(self.prompt)] if self.prompt else []
 
     def answer(self, made: Vectors | None) -> OllamaVector:

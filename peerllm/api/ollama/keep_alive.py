@@ -7,10 +7,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from peerllm.api.core.generation import MAX_KEEP_S
 from peerllm.api.error_answers import FieldError
 
 FOR_GOOD_S = -1.0
-MOST_S = 100 * 365 * 24 * 3600.0  # what is longer is for good: it would not fit into times
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"[-+]?(?:{_PART})+")
@@ -34,4 +34,4 @@ def seconds_of(given: KeepAlive) -> float | None:
         seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     else:
         seconds = given
-    return float(seconds) if 0 <= seconds < MOST_S else FOR_GOOD_S
+    return float(seconds) if 0 <= seconds < MAX_KEEP_S else FOR_GOOD_S

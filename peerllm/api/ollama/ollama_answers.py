@@ -23,7 +23,7 @@ from peerllm.api.ollama.ollama_objects import OllamaCall, OllamaCounts
 from peerllm.api.text.calls.answer_parts import ToldToken
 from peerllm.api.text.tokens.logprob_objects import logprob_objects
 
-_NS = 1e9  # nanoseconds of a second
+NS = 1e9  # nanoseconds of a second
 
 
 class OllamaAnswers:
@@ -42,13 +42,13 @@ class OllamaAnswers:
     def whole(self, answers: Sequence[WholeAnswer]) -> object:
         (answer,) = answers
         told = [(one, _told(one)) for one in answer.calls]
-        text = answer.text + "".join(_as_text(one) for one, call in told if call is None)
+        text = answer.text + "".join(one.as_text() for one, call in told if call is None)
         calls = [call for _, call in told if call is not None]
         return {**self._last(text, answer.thought, answer.ends, calls), **_logprobs(answer.logprobs)}
 
     def pieces(self, choice: int, event: AnswerEvent, repeat: Repeat | None) -> Iterator[Piece]:
         if self._call is not None and not isinstance(event, ToolCallDelta | AnswerWaits):
-            told, text = _told(self._call), _as_text(self._call)
+            told, text = _told(self._call), self._call.as_text()
             yield self._line("" if told else text, "", False, [told] if told else []), None
             self._call = None
         match event:
@@ -85,12 +85,12 @@ class OllamaAnswers:
         whole, usage, timings = time.monotonic() - self._since, ends.usage, ends.timings
         counts: OllamaCounts = {
             "done_reason": ends.reason,
-            "total_duration": int(whole * _NS),
-            "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * _NS),
+            "total_duration": int(whole * NS),
+            "load_duration": int(max(0.0, whole - timings.prompt_s - timings.answer_s) * NS),
             "prompt_eval_count": usage.prompt_tokens,
-            "prompt_eval_duration": int(timings.prompt_s * _NS),
+            "prompt_eval_duration": int(timings.prompt_s * NS),
             "eval_count": usage.answer_tokens,
-            "eval_duration": int(timings.answer_s * _NS),
+            "eval_duration": int(timings.answer_s * NS),
         }
         context = {"context": list(ends.all_ids)} if ends.all_ids and not self._chat else {}
         return {**self._line(text, thought, True, calls), **counts, **context}
@@ -104,10 +104,6 @@ def _logprobs(tokens: Sequence[ToldToken]) -> dict[str, Any]:
 def _told(call: WholeCall) -> OllamaCall | None:
     given = call.given()
     return None if given is None else {"id": call.id, "function": {"name": call.name, "arguments": given}}
-
-
-def _as_text(call: WholeCall) -> str:
-    return f"{call.name}({call.arguments}"
 
 
 def stamp(seconds: float) -> str:

@@ -13,13 +13,13 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from peerllm.api.core.generation import MAX_NAME_CHARS
-from peerllm.api.core.named_models import ANY_TAG, find_model, listed_models
+from peerllm.api.core.named_models import find_model, listed_models
 from peerllm.api.error_answers import FieldError
 from peerllm.api.keys import HOUSEHOLD, TEXTS
 from peerllm.api.ollama.ollama_answers import stamp
 from peerllm.api.ollama.ollama_objects import LoadedModels, OllamaModel, OllamaModels, ShownModel
 from peerllm.api.text.text_store import AnswerText
-from peerllm.daemon.facade import ServedModel
+from peerllm.daemon.facade import ANY_TAG, ServedModel
 from peerllm.daemon.facade_objects import DeploymentStatus, DeviceStatus, StageStatus
 from peerllm.regular_files import read_regular
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from functools import partial
@@ -114,7 +115,8 @@ async def _loaded(request: web.Request, wanted: Generation) -> str:
 async def embed(request: web.Request, body: EmbedBody) -> OllamaVectors:
     """The vectors of texts, of length 1."""
     since = time.monotonic()
-    return body.answer(await _vectors(request, body), since)
+    made = await _vectors(request, body)
+    return await asyncio.to_thread(body.answer, made, since)
 
 
 async def older_embed(request: web.Request, body: OlderEmbedBody) -> OllamaVector:

@@ -9,31 +9,20 @@ from msgspec import Meta
 from peerllm.api.core.generation import Generation, checked
 from peerllm.api.core.several_answers import MAX_ANSWERS
 from peerllm.api.error_answers import FieldError
-from peerllm.api.openai.openai_fields import NAMES, Answers, Flag, OpenAIFields, copies
+from peerllm.api.openai.openai_fields import NAMES, Answers, Flag, OpenAIFields, TextsOrIds, copies, texts_or_ids
 
 DEFAULT_TOKENS = 16  # of an answer, as OpenAI has it
-TokenIds = Annotated[list[int], Meta(min_length=1)]
-Prompts = Annotated[list[str | TokenIds | int], Meta(min_length=1)]
 
 
 class CompletionBody(OpenAIFields, kw_only=True):
-    """`prompt` is a text, token ids, or a list of either."""
-
-    prompt: str | Prompts
+    prompt: TextsOrIds
     echo: Flag = None
     suffix: str | None = None
     best_of: Answers | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
     def prompts(self) -> list[str | tuple[int, ...]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [one for one in self.prompt if isinstance(one, int)]
-        if not ids:
-            return [tuple(one) if isinstance(one, list) else str(one) for one in self.prompt]
-        if len(ids) < len(self.prompt):
-            raise FieldError("prompt must be a text, token ids, or a list of either", "prompt")
-        return [tuple(ids)]
+        return texts_or_ids(self.prompt, "prompt")
 
     def generations(self) -> list[Generation]:
         """`n` for each prompt, in its order."""

@@ -6,43 +6,31 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, unit
+from peerllm.api.core.embeddings import MAX_INPUTS, Vectors, as_base64, as_json, unit
 from peerllm.api.core.generation import MAX_NAME_CHARS, Generation, Name
 from peerllm.api.error_answers import FieldError
+from peerllm.api.openai.openai_fields import TextsOrIds, texts_or_ids
 from peerllm.api.openai.openai_objects import OpenAIVectors
-
-TokenIds = Annotated[list[int], Meta(min_length=1)]
-Inputs = Annotated[list[str | TokenIds | int], Meta(min_length=1)]
 
 
 class EmbeddingBody(Struct, kw_only=True):
-    """`input` is a text, token ids, or a list of either."""
-
     model: Name
-    input: str | Inputs
+    input: TextsOrIds
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
     user: Annotated[str, Meta(max_length=MAX_NAME_CHARS)] | None = None
 
     def generations(self) -> list[Generation]:
-        return [Generation(model=self.model, prompt=one, embeds=True, user=self.user or "") for one in self._inputs()]
-
-    def _inputs(self) -> list[str | tuple[int, ...]]:
-        given = [self.input] if isinstance(self.input, str) else self.input
-        ids = [one for one in given if isinstance(one, int)]
-        if ids:
-            if len(ids) < len(given):
-                raise FieldError("input must be a text, token ids, or a list of either", "input")
-            return [tuple(ids)]
-        if len(given) > MAX_INPUTS:
+        inputs = texts_or_ids(self.input, "input")
+        if len(inputs) > MAX_INPUTS:
             raise FieldError(f"input: at most {MAX_INPUTS} texts", "input")
-        return [tuple(one) if isinstance(one, list) else str(one) for one in given]
+        return [Generation(model=self.model, prompt=one, embeds=True, user=self.user or "") for one in inputs]
 
     def answer(self, made: Vectors) -> OpenAIVectors:
         """OpenAI's list of vectors of length 1."""
         vectors = [unit(vector, self.dimensions) for vector in made.vectors]
         coded: list[list[float] | str] = [
-            as_base64(one) if self.encoding_format == "base64" else one for one in vectors
+            as_base64(one) if self.encoding_format == "base64" else as_json(one) for one in vectors
         ]
         return {
             "object": "list",

@@ -30,6 +30,7 @@ from peerllm.api.error_answers import FieldError
 
 Stops = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None
 Answers = Annotated[int, Meta(ge=1, le=MAX_ANSWERS)]
+TextsOrIds = str | Annotated[list[str | Annotated[list[int], Meta(min_length=1)] | int], Meta(min_length=1)]
 Flag = bool | None
 # What is refused with a clear line, unless it is empty.
 NoObject = Annotated[dict[str, Any], Meta(extra_json_schema={"maxProperties": 0})]
@@ -90,6 +91,18 @@ class OpenAIFields(SampledFields, kw_only=True):
     @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def texts_or_ids(given: TextsOrIds, name: str) -> list[str | tuple[int, ...]]:
+    """The texts, or their token ids, in a field of that name: a text, ids, or a list of either."""
+    if isinstance(given, str):
+        return [given]
+    ids = [one for one in given if isinstance(one, int)]
+    if not ids:
+        return [tuple(one) if isinstance(one, list) else str(one) for one in given]
+    if len(ids) < len(given):
+        raise FieldError(f"{name} must be a text, token ids, or a list of either", name)
+    return [tuple(ids)]
 
 
 def copies(wanted: Generation, count: int) -> list[Generation]:

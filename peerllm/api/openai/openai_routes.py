@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 from aiohttp import web
@@ -64,7 +65,8 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
 
 async def embeddings(request: web.Request, body: EmbeddingBody) -> OpenAIVectors:
     """The vectors of texts."""
-    return body.answer(await vectors_of(request.app, body.generations(), caller_of(request)))
+    made = await vectors_of(request.app, body.generations(), caller_of(request))
+    return await asyncio.to_thread(body.answer, made)  # of many texts it takes seconds
 
 
 async def list_models(request: web.Request, *, query: ModelPage) -> web.Response:

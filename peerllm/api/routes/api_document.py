@@ -120,7 +120,8 @@ def _operation(app: web.Application, route: ApiRoute, schemas: _Schemas) -> dict
     }
     if body is not None:
         schema = schemas.of(body)
-        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
+        needed = bool(schemas.components[body.__name__].get("required"))  # what needs none may come without
+        found["requestBody"] = {"required": needed, "content": {JSON: {"schema": schema}}}
     return {name: value for name, value in found.items() if value or name == "security"}
 
 

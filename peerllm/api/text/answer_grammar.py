@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from tokenizers import AddedToken
 
 from peerllm.api.text.calls.answer_parts import Schemas
 from peerllm.api.text.calls.call_forms import FORMS, CallForm
@@ -30,7 +29,7 @@ _FIRST_SPECIAL = 257  # id in `_Bytes`
 
 @dataclass(frozen=True, slots=True)
 class ModelMarks:
-    """What a model writes besides words. `ids` are those of its special tokens (`is_special`).
+    """What a model writes besides words. `ids` are those of its special tokens (`byte_spelling.is_mark`).
 
     `opened`: the answer begins within a thought.
     """
@@ -71,11 +70,6 @@ def grammar_of(form: Mapping[str, Any] | None, calls: KeptCalls | None, marks: M
         raise
     except ValueError as error:
         raise _refused(str(error)) from error
-
-
-def is_special(token: AddedToken) -> bool:
-    """Whether llguidance holds that it is no text. Qwen's `<tool_call>` is one, though its tokenizer says otherwise."""
-    return token.special or (token.content.startswith("<") and token.content.endswith(">"))
 
 
 def _whole(body: Mapping[str, Any] | None, calls: KeptCalls | None, marks: ModelMarks) -> str:

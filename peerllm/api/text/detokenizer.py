@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from peerllm.api.text.tokens.decoding_table import Decoding
+from peerllm.byte_spelling import BYTE_TOKEN
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _UNDECODED = "\ufffd"  # what an unfinished UTF-8 character decodes to
 
 
@@ -39,7 +38,7 @@ class Detokenizer:
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain after these ids."""
         self._window.extend(filter(self.shows, ids))
-        if not self._window or _BYTE_TOKEN.fullmatch(self._name(self._window[-1]) or ""):
+        if not self._window or BYTE_TOKEN.fullmatch(self._name(self._window[-1]) or ""):
             return ""
         text = self._text(self._window)
         if text.endswith(_UNDECODED) or not text.startswith(self._given_text):

@@ -17,6 +17,7 @@ from peerllm.api.text.reasoning import thinking_variables
 from peerllm.api.text.template import ChatTemplate, Message
 from peerllm.api.text.text_bounds import bounds_of
 from peerllm.api.text.tokens.decoding_table import facts_of, tokens_from
+from peerllm.byte_spelling import is_mark
 from peerllm.chat_templates import marks_of, model_file, model_object, template_sources
 from peerllm.errors import BadInputError, ModelError
 from peerllm.types import SAMPLING_LIMITS
@@ -126,10 +127,10 @@ class ModelText:
 
     def grammar(self, form: Mapping[str, Any] | None, calls: Mapping[str, Any], opened: bool) -> str:
         """Of an AnswerForm and CallsWanted (see answer_grammar); `opened`: the answer begins within a thought."""
-        from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of, is_special
+        from peerllm.api.text.answer_grammar import KeptCalls, ModelMarks, grammar_of
 
         added = self._tokenizer.get_added_tokens_decoder().items()
-        ids = {token.content: number for number, token in added if is_special(token)}
+        ids = {token.content: number for number, token in added if is_mark(token.content, token.special)}
         kept = self.form.kept if self.form is not None else None
         marks = ModelMarks(ids, kept, self.marks, opened)
         if not calls.get("keep"):

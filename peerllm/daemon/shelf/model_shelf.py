@@ -13,6 +13,7 @@ from peerllm.builtin import BUILTIN
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.decide.model_names import ALIAS
 from peerllm.daemon.deployment.model_files import HUB_ID, ModelOnDisk, Tell
+from peerllm.daemon.facade import ANY_TAG, without_prefix
 from peerllm.daemon.shelf.disk_models import DiskModels, places_on_disk, weight_files
 from peerllm.daemon.threads import Progress
 from peerllm.daemon.weights.known_models import KNOWN, all_names, known
@@ -26,7 +27,6 @@ MAX_FILE_BYTES = 1 << 20
 MAX_ALIASES = 128
 MAX_PULLS = 4  # models fetched at once
 MAX_PULLED = 1024  # names remembered
-ANY_TAG = ":latest"
 
 PullProgress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
 
@@ -145,7 +145,7 @@ class ModelShelf:
 def meant(name: str) -> str:
     """What `run` would be told for what a client calls a model."""
     plain = name.removesuffix(ANY_TAG)
-    called = plain.lower().removeprefix("hf.co/").removeprefix("huggingface.co/")
+    called = without_prefix(plain.lower())
     return next((one.name for one in KNOWN if called in all_names(one.name, one.name)), plain)
 
 

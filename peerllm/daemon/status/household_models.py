@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 from peerllm.daemon.control_messages import DeploymentView, DiskModel
 from peerllm.daemon.facade import IDLE_MODEL, ModelDetails, ServedModel
@@ -13,6 +14,7 @@ from peerllm.daemon.weights.gguf_choice import SUFFIX, quantisation
 from peerllm.daemon.weights.known_models import all_names, known_as
 from peerllm.types import DeploymentId, DeviceId
 
+MAX_ON_DISK = 512  # models of one device: all that one lists
 AWAITED_S = 60.0  # seconds that a model is still listed, as waiting, after its source was last here
 
 
@@ -99,7 +101,7 @@ def _model(view: DeploymentView, source: DeviceId, name: str) -> ServedModel:
     )
 
 
-def idle_models(
+def startable_models(
     running: Iterable[ServedModel], disks: Iterable[tuple[DeviceId, Iterable[DiskModel]]]
 ) -> list[ServedModel]:
     """The models on the disks of devices, this one's ("") first: each once, and none that runs.
@@ -107,7 +109,7 @@ def idle_models(
     A device that remembers how a person ran a model is preferred. Then those of both kinds that have been given another
     name, by that name.
     """
-    running, told = list(running), [(device, list(models)) for device, models in disks]
+    running, told = list(running), [(device, list(islice(models, MAX_ON_DISK))) for device, models in disks]
     seen = set[str]()
     for model in running:
         seen |= {model.name.lower(), *all_names(model.name, model.model)}
@@ -116,7 +118,7 @@ def idle_models(
         for device, models in told:
             mine = [one for one in models if one.asleep is asleep and not one.alias]
             fresh = [one for one in mine if seen.isdisjoint(all_names(one.name, one.model))]
-            found += [_idle(one, device) for one in fresh]
+            found += [_startable(one, device) for one in fresh]
             seen.update(*(all_names(one.name, one.model) for one in fresh))
     aliases = {one.name: one.model.lower() for _, models in reversed(told) for one in models if one.alias}
     every = [*running, *found]
@@ -125,6 +127,12 @@ def idle_models(
         if target is not None and name.lower() not in seen:
             found.append(replace(target, name=name, names=frozenset({name.lower()}), alias=True))
     return found
+
+
+def running_names(models: Iterable[ServedModel]) -> set[str]:
+    """In lower case, all that clients may call those that run."""
+    running = (one for one in models if one.deployment)
+    return {name for one in running for name in (one.name.lower(), one.model.lower(), *one.names)}
 
 
 def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple[DiskModel, ...]:
@@ -138,7 +146,7 @@ def with_asleep(listed: Sequence[DiskModel], asleep: Mapping[str, str]) -> tuple
 
 
 @lru_cache(maxsize=1024)
-def _idle(one: DiskModel, device: DeviceId) -> ServedModel:
+def _startable(one: DiskModel, device: DeviceId) -> ServedModel:
     return ServedModel(
         deployment="",
         name=one.name,

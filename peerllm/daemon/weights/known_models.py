@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from functools import lru_cache
 
 from peerllm.builtin import BUILTIN
+from peerllm.daemon.facade import without_prefix
 from peerllm.daemon.weights.data_package import DataPackage
 from peerllm.daemon.weights.on_disk import WeightFiles, in_hub_cache
 
 SCALE_BITS = 1.0  # of each rounded number: 64 to 128 of them share 12 bytes
 SPARE = 1.1  # of the weights: norms, what a pass works with, and a little room for keys and values
 MAX_SUGGESTIONS = 3
-PREFIXES = ("hf.co/", "huggingface.co/")  # which other programs want before a hub id
 LIKENESS = 0.6  # from which a name may be meant
 # Bits of a number in files of a form, and in memory where it is computed as it is stored: scales and minima of blocks
 # take more room there. "": a safetensors repository of 16-bit numbers.
@@ -155,7 +155,7 @@ def all_names(name: str, model: str) -> frozenset[str]:
     without the quantisation. Ollama's way, family:size, is understood for well-known ones.
     """
     found = {name, model}
-    repository, tag = hub_name(next((model.removeprefix(one) for one in PREFIXES if model.startswith(one)), model))
+    repository, tag = hub_name(without_prefix(model))
     if model.count("/") <= 1 and not model.startswith("/"):
         last = repository.rpartition("/")[2]
         found |= {repository, last}

@@ -134,7 +134,12 @@ class MaskMaker:
         if self._answers.get(key) is answer:  # else it ended while it waited
             self._do(key, work)
 
-    def _advance(self, key: Key, answer: _Answer, token: int) -> None:
+    def _advance(self, key: Key, answer: _Answer, token: int, begun: bool = False) -> None:
+        if answer.matcher is None:  # it began anew, and the head had the mask that it was told before
+            if not begun:
+                self._reading.submit(self._advance, key, answer, token, True)
+            return
+
         def work() -> MadeMask:
             assert answer.matcher is not None
             answer.matcher.advance(token)

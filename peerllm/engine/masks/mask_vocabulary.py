@@ -11,10 +11,12 @@ from typing import Any, cast
 from msgspec import MsgspecError, Struct, field
 from msgspec.json import decode
 
+from peerllm.byte_spelling import BYTE_TOKEN, bytes_by_character, is_mark
+
 SPACE = "▁"  # as SentencePiece writes a space
 MAX_WORDS = 4096  # whose tokens are remembered
+MAX_IDS = 1 << 21  # eight times the largest vocabulary in use
 _WORD = re.compile(r" ?[^ ]{1,64}| {1,64}", re.DOTALL)
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class _Model(Struct):
@@ -93,13 +95,17 @@ def _vocabulary(data: bytes, end: int) -> MaskVocabulary | None:
     names, added = file.model.vocab, file.added_tokens
     if file.model.type != "BPE" or not names or level == fallback:
         return None
-    tokens = [b""] * (max(*names.values(), *(one.id for one in added), end) + 1)
+    # Libraries renumber the added tokens of a file, so that nobody has looked at these numbers before.
+    numbers = [*names.values(), *(one.id for one in added), end]
+    if not 0 <= min(numbers) <= max(numbers) < MAX_IDS:
+        raise ValueError(f"a token has an id that is not from 0 to {MAX_IDS - 1}")
+    tokens = [b""] * (max(numbers) + 1)
     byte_of = {ord(character): byte for character, byte in bytes_by_character().items()}
     of_bytes = dict[bytes, int]()
     for name, number in names.items():
         if level and all(ord(one) in byte_of for one in name):
             tokens[number] = name.translate(byte_of).encode("latin-1")
-        elif fallback and (byte := _BYTE.fullmatch(name)):
+        elif fallback and (byte := BYTE_TOKEN.fullmatch(name)):
             of_bytes[bytes.fromhex(byte[1])] = number
             tokens[number] = bytes.fromhex(byte[1])
         else:
@@ -111,12 +117,5 @@ def _vocabulary(data: bytes, end: int) -> MaskVocabulary | None:
         for number, token in enumerate(tokens)
         if token in of_bytes and of_bytes[token] != number
     }
-    marks = [one.id for one in added if one.special or (one.content.startswith("<") and one.content.endswith(">"))]
+    marks = [one.id for one in added if is_mark(one.content, one.special)]
     return MaskVocabulary(tokens, marks, end, plain)
-
-
-def bytes_by_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: printable ones as they are, the others as characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [one for one in range(256) if one not in printable]
-    return {chr(one): one for one in printable} | {chr(256 + at): one for at, one in enumerate(others)}

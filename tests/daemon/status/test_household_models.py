@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peerllm.daemon.control_messages import DeploymentView, DiskModel
-from peerllm.daemon.status.household_models import AWAITED_S, HouseholdModels, idle_models
+import pytest
+
+from peerllm.codec import decode, encode
+from peerllm.daemon.control_messages import Control, DeploymentView, DeviceView, DiskModel
+from peerllm.daemon.status.household_models import AWAITED_S, MAX_ON_DISK, HouseholdModels, startable_models
+from peerllm.errors import LinkError
 from peerllm.types import Stage
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -26,7 +30,7 @@ def test_what_a_model_can_do_is_listed_wherever_it_runs_or_lies() -> None:
     models, can = HouseholdModels(Clock()), ("tools", "thinking")
     models.hear([A], {A: [replace(view("1"), abilities=can)]})
     (other,) = models.others(lambda device: "laptop")
-    (idle,) = idle_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
+    (idle,) = startable_models([], [(B, [DiskModel("m", "m", 1, 1, abilities=can)])])
     assert other.abilities == idle.abilities == can
 
 
@@ -87,3 +91,28 @@ def test_a_device_that_was_removed_is_forgotten() -> None:
     models.hear([A, B], {A: [view("1")]})
     models.hear([B], {})
     assert not listed(models)
+
+
+@pytest.mark.parametrize(("told", "lie"), [
+    ('"made":7', '"made":253402300800'), ('"made":7', '"made":-1'), ('"nbytes":5', '"nbytes":18446744073709551615'),
+    ('"created":8', '"created":18446744073709551615'), ('"expires":0', '"expires":253402300800'),
+    ('"idle_since":0', '"idle_since":-1'), ('"context":64', '"context":18446744073709551615'),
+    ('"parameters":0', '"parameters":18446744073709551615'), ('"missing_bytes":0', '"missing_bytes":-1'),
+    ('"stage_memory_bytes":[9]', '"stage_memory_bytes":[18446744073709551615]'),
+    ('"name":"disk"', f'"name":"{"x" * 4097}"'), ('"model":"/disk"', f'"model":"/{"x" * 4096}"'),
+    ('"name":"m"', f'"name":"{"x" * 4097}"'),
+])  # fmt: skip
+def test_numbers_that_no_list_could_tell_are_refused(told: str, lie: str) -> None:
+    """One device that says such a thing would leave all others without their lists of models."""
+    deployment = replace(view("1"), created=8, stages=(Stage(A, 0, 1),), stage_memory_bytes=(9,))
+    message = DeviceView(1, 2, "running", (deployment,), on_disk=(DiskModel("disk", "/disk", 5, 7),))
+    data = encode(message, Control).decode()
+    assert data.count(told) == 1 and decode(data, Control) == message
+    with pytest.raises(LinkError, match="malformed message: a number is not from 0 to"):
+        decode(data.replace(told, lie), Control)
+
+
+def test_one_device_lists_so_many() -> None:
+    many = (DiskModel(f"m{number}", f"/m{number}", 1, 1) for number in range(MAX_ON_DISK + 9))
+    found = startable_models([], [(A, many), (B, [DiskModel("mine", "mine", 1, 1)])])
+    assert len(found) == MAX_ON_DISK + 1 and found[-1].name == "mine"

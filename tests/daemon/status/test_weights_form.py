@@ -10,7 +10,7 @@ import pytest
 from peerllm.cli.look import deployment_text
 from peerllm.daemon.control_messages import DiskModel
 from peerllm.daemon.facade import ModelDetails, RunOptions
-from peerllm.daemon.status.household_models import HouseholdModels, idle_models
+from peerllm.daemon.status.household_models import HouseholdModels, startable_models
 from peerllm.daemon.status.status import deployment_entry, weights_form
 from peerllm.errors import BadInputError
 from tests.daemon.house import House, inspected, quiet
@@ -107,5 +107,5 @@ async def test_others_are_told_the_same(houses: Any) -> None:
     ],
 )  # fmt: skip
 def test_a_name_tells_what_is_on_the_disk(model: str, details: ModelDetails) -> None:
-    (found,) = idle_models((), [("", [DiskModel("x", model, 1, 1)])])
+    (found,) = startable_models((), [("", [DiskModel("x", model, 1, 1)])])
     assert found.details == details

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from queue import SimpleQueue
 from random import Random
+from threading import Event
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from peerllm.engine.masks.mask_maker import AnswerMatcher, MaskError
+from peerllm.engine.masks.mask_maker import AnswerMatcher, MadeMask, MaskError, MaskMaker
 from peerllm.engine.messages import Constraint
 from tests.sizes import FULL
 
+BOUND_S = 30.0  # seconds
 LONGEST = 7
 TEXTS = ["".join(some) for length in range(LONGEST + 1) for some in product("ab", repeat=length)]
 
@@ -103,3 +106,24 @@ def test_without_end_tokens_no_bit_says_that_it_is_over() -> None:
     assert matcher.mask()
     matcher.advance(1)
     assert not any(matcher.mask())
+
+
+def test_a_token_that_comes_while_an_answer_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head still has the mask that it was told before, and need not wait for the grammar to be read again."""
+    read, made = Event(), SimpleQueue[MadeMask]()
+
+    def slowly(*_: object) -> Any:
+        assert read.wait(BOUND_S)
+        return tokenizer(["a", "b"])
+
+    monkeypatch.setattr(MaskMaker, "_tokenizer", slowly)
+    maker, key = MaskMaker(made.put), ("d" * 32, 1)
+    try:
+        maker.begin(key, Constraint(LLMatcher.grammar_from_regex("ab"), ""), 3, [2], [])
+        maker.advance(key, 0)
+        maker._going_on.submit(int).result(BOUND_S)  # it has looked at the token
+        read.set()
+        told = [made.get(timeout=BOUND_S) for _ in range(2)]
+    finally:
+        maker.close()
+    assert [(one.count, one.mask, one.error) for one in told] == [(0, b"\1", ""), (1, b"\2", "")]

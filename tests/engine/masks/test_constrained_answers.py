@@ -41,7 +41,7 @@ GRAMMAR = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_patt
 PROMPT = tuple(TOKENIZER.encode("<|begin|><|user|>Who are you?<|end|><|assistant|>", add_special_tokens=False).ids)
 SAMPLINGS = [
     Sampling(),
-    Sampling(temperature=1.0, seed=7),
+    *([Sampling(temperature=1.0, seed=7)] if FULL else []),
     Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, frequency_penalty=0.5, seed=3),
 ]
 CUTS: dict[str, Cut] = {
@@ -53,7 +53,7 @@ CUTS: dict[str, Cut] = {
 }
 
 
-SHARE = ("one device", "three devices", "head at home")
+SHARE = ("three devices", "head at home")
 ROOM = {"context": 256, "chunk": 64}
 
 
@@ -138,8 +138,8 @@ async def test_a_model_without_end_tokens_ends_where_nothing_can_follow(made: li
 
 async def test_an_answer_goes_on_after_ids_that_are_known(made: list[Device], plain: list[list[int]]) -> None:
     deployed = await deploy(made, MODEL_DIR, CUTS["three devices"], **ROOM)
-    for expected, sampling in list(zip(plain, SAMPLINGS, strict=True))[0 if FULL else 2 :]:
-        for known in (1, len(expected) // 2, len(expected)):
+    for expected, sampling in list(zip(plain, SAMPLINGS, strict=True))[0 if FULL else -1 :]:
+        for known in (1, len(expected) // 2, len(expected))[0 if FULL else 1 :]:
             order = deployed.submit(PROMPT, 60, sampling, [END], answer=expected[:known], constraint=constraint())
             end = await deployed.ended(order)
             assert end.finish == "stop"
@@ -147,7 +147,7 @@ async def test_an_answer_goes_on_after_ids_that_are_known(made: list[Device], pl
     await deployed.unload()
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS[1 if FULL else 2 :])
+@pytest.mark.parametrize("sampling", SAMPLINGS[1:])
 async def test_moves_and_losses_change_no_token(made: list[Device], plain: list[list[int]], sampling: Sampling) -> None:
     """The head moves to another device, to the source, away again; and a device loses all that it had."""
     expected = plain[SAMPLINGS.index(sampling)]

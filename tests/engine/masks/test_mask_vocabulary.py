@@ -98,3 +98,14 @@ def test_other_kinds_are_left_to_the_library(model: Any) -> None:
 def test_what_is_no_tokenizer() -> None:
     with pytest.raises(Exception, match="EOF"):
         mask_tokenizer(b"{", [1])
+
+
+@pytest.mark.parametrize(("number", "end"), [(mask_vocabulary.MAX_IDS, 3), (9, mask_vocabulary.MAX_IDS), (9, -1)])
+def test_ids_without_bounds(number: int, end: int) -> None:
+    """A list up to such an id would take the memory of the whole machine."""
+    about = json.loads(KINDS[0])
+    about["added_tokens"].append({**about["added_tokens"][0], "id": number, "content": "<odd>"})
+    known = Tokenizer.from_str(json.dumps(about)).token_to_id("<odd>")
+    assert known == len(Tokenizer.from_buffer(KINDS[0]).get_vocab()), "the library does not go by it"
+    with pytest.raises(ValueError, match="a token has an id"):
+        mask_tokenizer(json.dumps(about).encode(), [end])

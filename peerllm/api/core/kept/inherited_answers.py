@@ -83,11 +83,9 @@ async def _begin(app: web.Application, answer: InheritedAnswer, kept: KeptForm) 
         logprobs=kept.logprobs,
         known_logprobs=logprobs,
     )
-    chat = answer.prompt if kept.chat else None
     chunks, silent = _chunks(app, wanted), frozenset(model.stop_ids)
-    told_ids = answer.prompt if kept.tells_ids else None
-    asked = kept.logprobs is not None
-    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, chat, kept.calls, asked, told_ids)
+    how = kept.chat, kept.logprobs is not None, kept.tells_ids
+    return BegunAnswer(chunks, kept.begins, text, silent, kept.stops, answer.prompt, kept.calls, *how)
 
 
 def _known(answer: InheritedAnswer, kept: KeptForm) -> tuple[Sequence[int], Sequence[bytes]]:

@@ -18,7 +18,7 @@ from peerllm.api.text.tokens.token_places import TokenPlaces
 from peerllm.daemon.facade import Chunk
 from peerllm.engine.messages import FinishReason
 from peerllm.errors import EngineError, UnavailableError
-from peerllm.logprobs import ENTRY_BYTES
+from peerllm.logprobs import named_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +30,29 @@ class BegunAnswer:
     text: AnswerText
     silent: frozenset[int]  # ids without text
     stops: Sequence[str]
-    chat: Sequence[int] | None  # the prompt, where it is no mere text: then the model may think first, and call tools
+    prompt: Sequence[int]
     calls: CallsWanted
+    chat: bool = False  # the prompt is no mere text: the model may think first, and call tools
     logprobs: bool = False  # what is said is told with its tokens
-    told_ids: Sequence[int] | None = None  # the prompt, where the end tells its ids
+    tells_ids: bool = False  # the end tells the ids of prompt and answer
 
     def growing(self) -> GrowingAnswer:
         """The answer from its first token on."""
         schemas = {tool.name: tool.parameters for tool in self.calls.tools}
-        detokenizer = self.text.detokenizer(self.silent, self.chat is not None, bool(schemas))
-        reader = self.text.reader(self.chat, schemas, not self.calls.parallel, self.calls.keep != "")
+        detokenizer = self.text.detokenizer(self.silent, self.chat, bool(schemas))
+        chat = self.prompt if self.chat else None
+        reader = self.text.reader(chat, schemas, not self.calls.parallel, self.calls.keep != "")
         places = TokenPlaces(TokenBytes(self.text.decoder)) if self.logprobs else None
         return GrowingAnswer(detokenizer, StopScanner(self.stops), reader, places)
 
     def all_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Of the prompt and the answer, up to where the model ended it; none where they are not told."""
-        if self.told_ids is None:
+        if not self.tells_ids:
             return ()
         end = len(ids)
         while end and ids[end - 1] in self.silent:
             end -= 1
-        return (*self.told_ids, *ids[:end])
+        return (*self.prompt, *ids[:end])
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class KeptAnswer:
     @property
     def size(self) -> int:
         """Of its ids, and of those that its log probabilities name."""
-        return len(self.ids) * (1 + (len(self.logprobs[0]) // ENTRY_BYTES if self.logprobs else 0))
+        return len(self.ids) * (1 + named_ids(self.logprobs))
 
     async def compute(self, begin: asyncio.Future[BegunAnswer]) -> None:
         """Fill it up to its end, or to where nothing of use comes behind it."""

@@ -179,9 +179,10 @@ class ResponseBody(SampledFields, kw_only=True):
             raise FieldError("input is missing", "input")
         if self.instructions:
             messages.insert(0, ChatMessage("system", self.instructions))
-        while len(messages) > 1 and messages[0].role == messages[1].role == "system":
-            both = f"{messages[0].content}\n\n{messages[1].content}"
-            messages[:2] = [replace(messages[0], content=both)]
+        begin = next((at for at, one in enumerate(messages) if one.role != "system"), len(messages))
+        if begin > 1:
+            whole = "\n\n".join(one.content for one in messages[:begin])
+            messages[:begin] = [replace(messages[0], content=whole)]
         if len(messages) > MAX_MESSAGES:
             raise FieldError(f"input: more than {MAX_MESSAGES} messages, earlier ones included", "input")
         return tuple(messages)

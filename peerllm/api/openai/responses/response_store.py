@@ -22,6 +22,7 @@ MAX_BYTES = 128 << 20  # of all clients
 MAX_BYTES_OF_CLIENT = 32 << 20
 _OF = re.compile(r"[a-z]+_(?P<answer>[0-9a-f]{24})_i?\d+")  # an item's id names its response
 _ITEMS = msgspec.json.Decoder(list[ResponseItem])
+_TAKEN = ResponseItem()  # stands for an item that was referred to
 
 
 class UnknownResponseError(FieldError):
@@ -85,27 +86,39 @@ class ResponseStore:
         del self._stored[name]
 
     def resolved(self, client: str, items: Sequence[ResponseItem]) -> list[ResponseItem]:
-        """`items` with those that are only referred to."""
-        return [
-            self._item(client, one.id or "", f"input[{index}]") if one.kind == REFERENCE else one
-            for index, one in enumerate(items)
-        ]
-
-    def _item(self, client: str, name: str, where: str) -> ResponseItem:
+        """`items` with those that are only referred to, each once: so all are no larger than what is kept."""
         self._expire()
-        of = _OF.fullmatch(name)
-        stored = self._stored.get(f"resp_{of['answer']}") if of is not None else None
-        if stored is not None and stored.client == client:
-            for item in stored.conversation():
-                if item.id == name:
-                    return item
-        text = f"{where}: no item {name[:80]!r} is kept here for you (any more); send the item itself"
-        raise UnknownResponseError(text, where, "item_not_found")
+        found, told = list[ResponseItem](), dict[str, dict[str | None, ResponseItem]]()  # by response: its items
+        for index, one in enumerate(items):
+            if one.kind != REFERENCE:
+                found.append(one)
+                continue
+            name, where = one.id or "", f"input[{index}]"
+            of = _OF.fullmatch(name)
+            response = f"resp_{of['answer']}" if of is not None else ""
+            if response not in told:
+                told[response] = self._items(client, response)
+            if name not in told[response]:
+                text = f"{where}: no item {name[:80]!r} is kept here for you (any more); send the item itself"
+                raise UnknownResponseError(text, where, "item_not_found")
+            item = told[response][name]
+            if item is _TAKEN:
+                raise FieldError(f"{where}: the item {name!r} is there already; name it once", where, "duplicate_item")
+            found.append(item)
+            told[response][name] = _TAKEN
+        return found
+
+    def _items(self, client: str, response: str) -> dict[str | None, ResponseItem]:
+        """Of a response, by their ids."""
+        stored = self._stored.get(response)
+        if stored is None or stored.client != client:
+            return {}
+        return {item.id: item for item in reversed(stored.conversation())}
 
     def _bound(self, client: str) -> None:
         self._expire()
-        self._shrink([name for name, one in self._stored.items() if one.client == client], MAX_OF_CLIENT,
-                     MAX_BYTES_OF_CLIENT)  # fmt: skip
+        own = [name for name, one in self._stored.items() if one.client == client]
+        self._shrink(own, MAX_OF_CLIENT, MAX_BYTES_OF_CLIENT)
         self._shrink(list(self._stored), MAX_RESPONSES, MAX_BYTES)
 
     def _shrink(self, names: Sequence[str], most: int, most_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,8 +91,3 @@ def joined(parts: Iterable[AnswerPart]) -> list[AnswerPart]:
         elif isinstance(part, CallName) or part.text:
             found.append(part)
     return found
-
-
-def text_in(parts: Sequence[AnswerPart], thought: bool = False) -> str:
-    """The words among them."""
-    return "".join(part.text for part in parts if isinstance(part, Words) and part.thought == thought)

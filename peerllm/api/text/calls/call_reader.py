@@ -8,6 +8,7 @@ from peerllm.api.text.calls.call_forms import CallForm
 from peerllm.api.text.stops import overlap
 
 _BETWEEN = " \t\r\n;"  # between calls without marks
+MAX_BLANK_CHARS = 1024  # of it: all is looked at with each piece, and some models write space without end
 
 
 class CallReader:
@@ -53,9 +54,10 @@ class CallReader:
     def _bare(self, parts: list[AnswerPart], last: bool) -> bool:
         """Where a call may stand without a mark: at the start, and behind another one."""
         begun = self._held.lstrip(_BETWEEN)
-        if not begun and not last:
+        possible = len(self._held) - len(begun) <= MAX_BLANK_CHARS
+        if not begun and not last and possible:
             return False
-        if begun.startswith("{"):
+        if begun.startswith("{") and possible:
             self._mark, self._close = self._held[: len(self._held) - len(begun)], ""
             self._held, self._body, self._state = begun, JsonBody(self._schemas), "call"
         else:

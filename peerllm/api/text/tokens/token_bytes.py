@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import orjson
 
 from peerllm.api.text.tokens.decoding_table import Decoding
+from peerllm.byte_spelling import BYTE_TOKEN, bytes_by_character
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ANCHORS = ("a", "▁a", "A", "0")  # one of them stands before a token that is decoded in the middle of a text
 
 
@@ -19,7 +17,7 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._added = {number: token.content.encode() for number, token in tokenizer.get_added_tokens_decoder().items()}
         kinds = _kinds(orjson.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {})
-        self._byte_of = _bytes_by_character() if "ByteLevel" in kinds else {}
+        self._byte_of = bytes_by_character() if "ByteLevel" in kinds else {}
         self._fallback = "ByteFallback" in kinds
         anchors = (tokenizer.token_to_id(one) for one in _ANCHORS)
         self._anchor: list[int] = next(([one] for one in anchors if one is not None), [])
@@ -32,7 +30,7 @@ class TokenBytes:
         name: str | None = self._tokenizer.id_to_token(token_id)
         if name is None:
             return b""
-        if self._fallback and (byte := _BYTE_TOKEN.fullmatch(name)):
+        if self._fallback and (byte := BYTE_TOKEN.fullmatch(name)):
             return bytes.fromhex(byte[1])
         if self._byte_of and all(one in self._byte_of for one in name):
             return bytes(self._byte_of[one] for one in name)
@@ -49,10 +47,3 @@ def _kinds(decoder: dict[str, object]) -> set[str]:
     inner = decoder.get("decoders")
     found = {str(decoder.get("type"))}
     return found.union(*map(_kinds, inner)) if isinstance(inner, list) else found
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: printable ones as they are, the others as characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [one for one in range(256) if one not in printable]
-    return {chr(one): one for one in printable} | {chr(256 + at): one for at, one in enumerate(others)}

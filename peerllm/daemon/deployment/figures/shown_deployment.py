@@ -61,7 +61,7 @@ class ShownDeployment:
             quantize_wanted=options.quantize,
             form=self.model.form,
             created=self.created,
-            missing_bytes=self.missing_bytes,
+            missing_bytes=max(0, self.missing_bytes),
             succeeds=self.succeeds,
             stays=self.stays,
             expires=self.expires,
