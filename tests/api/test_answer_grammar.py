@@ -18,6 +18,10 @@ from peerllm.errors import BadInputError
 from tests.api.fake import byte_tokenizer
 
 OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+NESTED = {  # as pydantic writes it: other fields are not forbidden
+    "$defs": {"B": {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}},
+    "type": "object", "properties": {"a": {"$ref": "#/$defs/B"}}, "required": ["a"],
+}  # fmt: skip
 KEPT = {"tools": [{"name": "f", "parameters": OPEN}], "keep": "needed", "parallel": False}
 
 
@@ -43,6 +47,8 @@ def fits(tokenizer: Any, grammar: str, said: str) -> bool:
     [
         ({"kind": "json"}, ['{"x": [1, null]}', "{}"], ["[1]", "3", '{"x":\n1}', '{"x":  1}']),
         ({"kind": "schema", "schema": OPEN}, ['{"a":1}', '{"a": 1}'], ['{"a":"x"}', "{}", '{"a":1,"b":2}']),
+        ({"kind": "schema", "schema": NESTED}, ['{"a":{"b":1}}'], ['{"a":{"b":1},"c":2}', '{"a":{"b":1,"c":2}}']),
+        ({"kind": "schema", "schema": {**NESTED, "additionalProperties": True}}, ['{"a":{"b":1},"c":2}'], ["{}"]),
         ({"kind": "schema"}, ["3", '"x"', "[]"], ["x"]),
         ({"kind": "schema", "schema": {"type": "string", "format": "password"}}, ['"x"'], ["x"]),
         ({"kind": "schema", "schema": {"anyOf": [{"type": "string", "format": "date"}]}}, ['"2026-12-01"'], ['"x"']),

@@ -12,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from peerllm.api.text.calls.answer_parts import Schemas
 from peerllm.api.text.calls.call_forms import FORMS, CallForm
-from peerllm.api.text.calls.call_patterns import ANY_TEXT, CallRules, ToolSchemaError, lark_of
+from peerllm.api.text.calls.call_patterns import ANY_TEXT, CallRules, ToolSchemaError, closed, lark_of
 from peerllm.chat_templates import Marks
 from peerllm.engine.messages import GRAMMAR_LIMITS
 from peerllm.errors import BadInputError, PeerLLMError
@@ -147,7 +147,7 @@ def _body(form: Mapping[str, Any]) -> dict[str, Any]:
         return {"lark_grammar": form["grammar"]}
     if kind == "regex":
         return _first(LLMatcher.grammar_from_regex(form["grammar"]))
-    return _json(form.get("schema", {}) if kind == "schema" else {"type": "object"})
+    return _json(closed(form.get("schema", {})) if kind == "schema" else {"type": "object"})
 
 
 def _wrong(grammar: str, special: tuple[str, ...]) -> str:

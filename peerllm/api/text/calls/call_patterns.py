@@ -153,6 +153,9 @@ def closed(schema: Any) -> Any:
             found["additionalProperties"] = False
     if "items" in found:
         found["items"] = closed(found["items"])
+    for name in ("$defs", "definitions"):
+        if isinstance(parts := schema.get(name), Mapping):
+            found[name] = {part: closed(one) for part, one in parts.items()}
     return found
 
 
