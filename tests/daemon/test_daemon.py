@@ -213,6 +213,7 @@ async def test_what_several_are_asked_for_at_once_is_started_once_and_all_embed_
             return await response.json()
 
     text = "The kettle sings."
+    await until(daemons, lambda: not any(map(running, daemons)))  # all have heard that the last model was stopped
     async with apis(daemons) as sessions:
         chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0}
         told, all_begun = {daemon: daemon.network.broadcast for daemon in daemons}, asyncio.Event()
