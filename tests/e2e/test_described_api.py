@@ -173,7 +173,7 @@ def test_every_answer_is_described_and_nothing_fails(two: list[Device], which: i
     assert statuses.total() >= LEAST and not [one for one in statuses if not one[1]]
     answered = {label for label, status in statuses if status < 300}
     assert not FULL or not {label for label, _ in statuses} - answered - NEVER_DONE
-    assert {"POST /v1/chat/completions", "POST /api/generate", "POST /v1/messages"} <= answered
+    assert not FULL or {"POST /v1/chat/completions", "POST /api/generate", "POST /v1/messages"} <= answered
     for one in two:
         assert one.process is not None and one.process.poll() is None
         assert "Exception in callback" not in one.log_tail() and " failed: " not in one.log_tail()
