@@ -1,4 +1,4 @@
-"""Ollama's /api/generate: an answer that goes on from an earlier one, a gap that is filled in, templates of clients."""
+"""Ollama's /api/generate: an answer that goes on from an earlier one, and a gap that is filled in."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import ollama
 import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 
-from peerllm.api.error_answers import FieldError
-from peerllm.api.ollama.prompt_template import MAX_TEMPLATE_CHARS, prompt_of
 from peerllm.api.server import ApiServer
 from peerllm.api.text.fill_in import fill_in_form
 from peerllm.api.text.model_text import ModelText, PromptLengthError
@@ -135,40 +133,6 @@ async def test_openais_completions_fill_in_too(filler: tuple[ollama.AsyncClient,
 )  # fmt: skip
 def test_which_models_fill_in(tokens: tuple[str, ...], form: str) -> None:
     assert fill_in_form({one: 1 for one in tokens}.get) == form
-
-
-VALUES = {"System": "Be kind.", "Prompt": "Hi", "Suffix": ""}
-
-
-@pytest.mark.parametrize(
-    ("template", "made"),
-    [
-        ("{{ .Prompt }}", "Hi"),
-        ("{{ if .System }}<s>{{ .System }}</s>\n{{ end }}<u>{{ .Prompt }}</u>", "<s>Be kind.</s>\n<u>Hi</u>"),
-        ("a  {{- .Prompt -}}  b", "aHib"),
-        ("{{ if .Suffix }}x{{ else }}y{{ end }}", "y"),
-        ("{{ if .Suffix }}x{{ else if .Prompt }}y{{ else }}z{{ end }}", "y"),
-        ("{{ if .System }}x{{ else if .Prompt }}y{{ else }}z{{ end }}", "x"),
-        ("{{ if .Suffix }}{{ if .Prompt }}x{{ end }}{{ else }}{{ .Prompt }}{{ end }}", "Hi"),
-        ("{{ if .Suffix }}{{ .Response }}{{ end }}{{ .Prompt }} {{ .Response }}tail {{ range .Any }}", "Hi "),
-        ("no places { } }}", "no places { } }}"),
-    ],
-)
-def test_templates_of_clients(template: str, made: str) -> None:
-    assert prompt_of(template, VALUES) == made
-
-
-def test_a_template_without_bounds() -> None:
-    with pytest.raises(FieldError, match="more than"):
-        prompt_of("x" * (MAX_TEMPLATE_CHARS + 1), VALUES)
-
-
-async def test_a_clients_template_is_the_prompt(lama: ollama.AsyncClient, household: FakeHousehold) -> None:
-    template = "<s>{{ .System }}</s>{{ .Prompt }}:{{ .Suffix }}"
-    made = await lama.generate("builtin", "Hi", system="Be", template=template, suffix="!")
-    assert prompts(household) == ["<s>Be</s>Hi:!"] and made.context
-    await lama.generate("builtin", "On", template="|{{ .Prompt }}", context=made.context)
-    assert list(household.requests[1].prompt) == [*made.context, *household.ids("|On")]
 
 
 def test_what_closes_an_earlier_answer_is_the_templates(tmp_path: Path) -> None:

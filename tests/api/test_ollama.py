@@ -245,10 +245,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("generate", {"context": [1] * CONTEXT}, "context"),
     ("generate", {"context": [1], "raw": True}, "raw mode does not support"),
     ("generate", {"system": "x", "raw": True}, "raw mode does not support"),
-    ("generate", {"template": "{{ range .Messages }}{{ end }}"}, "{{ range .Messages }}"),
-    ("generate", {"template": "{{ .Messages }}"}, ".Messages"),
-    ("generate", {"template": "{{ if .Prompt }}"}, "no end"),
-    ("generate", {"template": "{{ end }}"}, "{{ end }}"),
+    ("generate", {"prompt": "x", "template": "{{ .Prompt }}"}, "template is not supported"),
     ("generate", {"images": ["AA=="]}, "images"),
     ("show", {"model": ""}, "model is missing"),
 ]

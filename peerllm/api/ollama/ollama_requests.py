@@ -35,7 +35,6 @@ from peerllm.api.core.generation import (
 )
 from peerllm.api.error_answers import FieldError
 from peerllm.api.ollama.keep_alive import KeepAlive, seconds_of
-from peerllm.api.ollama.prompt_template import prompt_of
 
 MAX_CONTEXT_IDS = 1 << 20  # more than any context holds
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
@@ -176,13 +175,12 @@ class GenerateBody(OllamaFields, kw_only=True):
         _no_images(self.images, "images")
         prompt, system, suffix = self.prompt or "", self.system or "", self.suffix or ""
         shared = {**self.shared(), "after": tuple(self.context or ()), "tells_ids": not self.raw}
-        if self.raw and (self.template or system or self.context):
-            raise FieldError("raw mode does not support template, system, or context", "raw")
+        if self.template:
+            raise FieldError("template is not supported: the model has its own; with raw the prompt is all", "template")
+        if self.raw and (system or self.context):
+            raise FieldError("raw mode does not support system or context", "raw")
         if not prompt and not suffix:
             return self.loading()
-        if self.template:
-            text = prompt_of(self.template, {"System": system, "Prompt": prompt, "Suffix": suffix})
-            return checked(Generation(prompt=text, **shared), NAMES)
         if self.raw or suffix:
             return checked(Generation(prompt=prompt, suffix=suffix, **shared), NAMES)
         said = [ChatMessage("system", system)] if system else []
